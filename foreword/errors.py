@@ -1,0 +1,48 @@
+"""What can go wrong, as a tree. Every message says what was found, where, what was expected, and what to do.
+
+ForewordError (a ValueError)
+├── ConfigError             an option has a wrong value, or two options contradict each other
+├── DataError               a row cannot be used: file, line number and reason
+├── UnsupportedModelError   the model's attention cannot carry a prefix
+├── ModelMismatchError      the prefix was made for another model
+├── PrefixFileError         the file is truncated, corrupt, of an unknown version, or no prefix at all
+└── PositionError           prefix plus text overrun the model's table of learned positions
+"""
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "ForewordError",
+    "ModelMismatchError",
+    "PositionError",
+    "PrefixFileError",
+    "UnsupportedModelError",
+]
+
+
+class ForewordError(ValueError):
+    """Any mistake that the caller can mend."""
+
+
+class ConfigError(ForewordError):
+    """An option has a wrong value, or two options contradict each other."""
+
+
+class DataError(ForewordError):
+    """A row of data cannot be used."""
+
+
+class UnsupportedModelError(ForewordError):
+    """The model's attention cannot carry a prefix."""
+
+
+class ModelMismatchError(ForewordError):
+    """The prefix was made for another model."""
+
+
+class PrefixFileError(ForewordError):
+    """The file is truncated, corrupt, of an unknown version, or no prefix at all."""
+
+
+class PositionError(ForewordError):
+    """Prefix plus text overrun the model's table of learned positions."""
