@@ -1,0 +1,169 @@
+"""A prefix is data: key and value vectors for every attention site of a model. No Transformers here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .errors import ConfigError
+
+__all__ = ["AttentionSite", "Prefix", "PrefixConfig", "SiteTensors"]
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention module that can carry a prefix.
+
+    `name` is the module's name inside the model. `kind` is `self` (causal), `encoder` (sees both ways) or `cross`
+    (decoder to encoder). `sliding_window` is the layer's window in tokens, or `None`; the prefix is seen through any window.
+    """
+
+    name: str
+    kind: Literal["self", "encoder", "cross"]
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    sliding_window: int | None = None
+
+
+@dataclass(frozen=True)
+class PrefixConfig:
+    """What a new prefix looks like before training.
+
+    Args:
+        num_virtual_tokens: P, the number of key and value vectors that each attention site sees.
+        initialization: where the first keys and values come from. `demonstrations`: training rows, compacted into
+            `num_virtual_tokens`; `text`: `init_text`; `random`: keys and values drawn with the statistics of the
+            model's own; `noop`: random ones behind closed gates, so that step 0 equals the base exactly.
+        num_demonstrations: how many training rows the `demonstrations` start renders into context.
+        init_text: the text for `text`, for example an instruction.
+        freeze_first: keep the first virtual token as it starts, as an attention sink. `None`: exactly when the start
+            comes from text (`demonstrations`, `text`).
+        reparameterization: `none` trains keys and values themselves; `mlp` trains an embedding and a two-layer tanh
+            network that yields them (Li & Liang 2021, section 4.3), folded away after training.
+        mlp_width: the width of the hidden layer and of the embedding, for `mlp`.
+    """
+
+    num_virtual_tokens: int = 16
+    initialization: Literal["demonstrations", "text", "random", "noop"] = "demonstrations"
+    num_demonstrations: int = 3
+    init_text: str | None = None
+    freeze_first: bool | None = None
+    reparameterization: Literal["none", "mlp"] = "none"
+    mlp_width: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("num_virtual_tokens", "num_demonstrations", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if (self.initialization == "text") != (self.init_text is not None):
+            raise ConfigError(
+                "init_text belongs to initialization='text' and to no other: "
+                f"got initialization={self.initialization!r}, init_text={self.init_text!r}."
+            )
+        if self.freezes_first and self.num_virtual_tokens == 1:
+            raise ConfigError(
+                "With one virtual token and the first one frozen nothing is left to train: "
+                "use num_virtual_tokens of 2 or more, or freeze_first=False."
+            )
+
+    @property
+    def freezes_first(self) -> bool:
+        """Whether the first virtual token stays as it starts."""
+        if self.freeze_first is None:
+            return self.initialization in ("demonstrations", "text")
+        return self.freeze_first
+
+
+class SiteTensors(NamedTuple):
+    """The prefix of one site. The gate multiplies `exp(query @ key)`; `None` is a gate of one."""
+
+    key: Float[Tensor, "P G D"]
+    value: Float[Tensor, "P G E"]
+    gate: Float[Tensor, "P G"] | None = None
+
+
+class Prefix(nn.Module):
+    """Keys and values for every attention site of one base model.
+
+    Args:
+        sites: the model's attention sites.
+        tensors: for each site, keys `[P, G, D]` and values `[P, G, E]` with the same P (virtual tokens) throughout,
+            keys as attention sees them (after rotary embedding), and optional gates `[P, G]`.
+        position_offset: how far the prefix shifts the positions of the real tokens: P for causal models with
+            positions, so that the prefix holds positions 0 to P-1, else 0.
+        base: name and fingerprint of the model that the prefix belongs to.
+        metadata: anything else worth keeping in the file: how it was trained, the chat template, metrics.
+
+    Raises:
+        ConfigError: shapes do not fit the sites.
+
+    Example:
+        >>> import torch
+        >>> from foreword import AttentionSite, Prefix
+        >>> site = AttentionSite("layer.0.attention", "self", num_kv_heads=2, key_dim=4, value_dim=4)
+        >>> prefix = Prefix([site], [(torch.randn(3, 2, 4), torch.randn(3, 2, 4))], position_offset=3)
+        >>> prefix.num_virtual_tokens, prefix.num_parameters
+        (3, 48)
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[AttentionSite],
+        tensors: Sequence[SiteTensors | tuple[Tensor, ...]],
+        *,
+        position_offset: int,
+        base: dict[str, Any] | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.sites = tuple(sites)
+        self.position_offset = position_offset
+        self.base = dict(base or {})
+        self.metadata = dict(metadata or {})
+        site_tensors = [SiteTensors(*entry) for entry in tensors]
+        self._check(site_tensors)
+        self.num_virtual_tokens = len(site_tensors[0].key)
+        self.keys = nn.ParameterList([t.key for t in site_tensors])
+        self.values = nn.ParameterList([t.value for t in site_tensors])
+        gates = [t.gate for t in site_tensors if t.gate is not None]
+        self.gates = nn.ParameterList(gates) if gates else None
+
+    def _check(self, tensors: list[SiteTensors]) -> None:
+        if not self.sites or len(self.sites) != len(tensors):
+            raise ConfigError(f"A prefix needs tensors for each of its sites: {len(self.sites)} and {len(tensors)}.")
+        if len({entry.gate is None for entry in tensors}) > 1:
+            raise ConfigError("Either every site of a prefix has gates or none has.")
+        length = len(tensors[0].key)
+        for site, (key, value, gate) in zip(self.sites, tensors, strict=True):
+            expected = {
+                "key": (key, (length, site.num_kv_heads, site.key_dim)),
+                "value": (value, (length, site.num_kv_heads, site.value_dim)),
+                "gate": (gate, (length, site.num_kv_heads)),
+            }
+            for name, (tensor, shape) in expected.items():
+                if tensor is not None and tuple(tensor.shape) != shape:
+                    raise ConfigError(
+                        f"{name} of {site.name} has shape {tuple(tensor.shape)}, expected {shape}: "
+                        "[virtual tokens, key/value heads, head dim]."
+                    )
+
+    def tensors(self) -> list[SiteTensors]:
+        """For each site its keys, values and gates, in the order of `sites`."""
+        gates = self.gates if self.gates is not None else [None] * len(self.sites)
+        return [SiteTensors(*entry) for entry in zip(self.keys, self.values, gates, strict=True)]
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the prefix holds."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes those numbers take."""
+        return sum(p.numel() * p.element_size() for p in self.parameters())
+
+    def __repr__(self) -> str:
+        return f"Prefix({self.num_virtual_tokens} virtual tokens at {len(self.sites)} sites, {self.num_parameters:,} numbers)"
