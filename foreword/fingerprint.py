@@ -1,0 +1,66 @@
+"""What makes a base model this model and no other: its architecture fields and a digest of sampled weights."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import ModelMismatchError
+
+__all__ = ["check_fingerprint", "fingerprint"]
+
+_PARAMETERS, _VALUES, _MATCH = 32, 8, 0.9
+_VOLATILE = {  # fields that say how a model is run or stored, not what it computes
+    "architectures", "attn_implementation", "chunk_size_feed_forward", "dtype", "id2label", "is_llama_config",
+    "label2id", "name_or_path", "output_attentions", "output_hidden_states", "pretraining_tp", "problem_type",
+    "quantization_config", "return_dict", "rope_interleaved", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Architecture fields of the model's config, and a few hundred of its weights rounded to bfloat16.
+
+    Weights that are quantized or not in memory are left out. The sample survives a change of precision; a fine-tuned
+    copy of the model does not match.
+    """
+    config = {
+        key: value
+        for key, value in model.config.to_dict().items()
+        if key.lstrip("_") not in _VOLATILE and not key.endswith("_token_id") and value is not None
+    }
+    return {"architecture": config, "weights": _sample(model)}
+
+
+def check_fingerprint(expected: dict[str, Any], model: nn.Module, name: str) -> None:
+    """Raise `ModelMismatchError` that names what differs, when `expected` was taken from another model."""
+    found = fingerprint(model)
+    old, new = expected["architecture"], found["architecture"]
+    different = {key for key in old.keys() & new.keys() if old[key] != new[key]}
+    if different:
+        lines = "; ".join(f"{key}: prefix {old[key]!r}, model {new[key]!r}" for key in sorted(different))
+        raise ModelMismatchError(
+            f"The prefix was trained for {name}, this model is built differently: {lines}. Load the base it was trained on."
+        )
+    pairs = [
+        (a, b)
+        for parameter, values in expected["weights"].items()
+        for a, b in zip(values, found["weights"].get(parameter, ()), strict=False)
+    ]
+    equal = sum(a == b for a, b in pairs)
+    if pairs and equal < _MATCH * len(pairs):
+        raise ModelMismatchError(
+            f"The prefix was trained for {name}; this model has the same architecture but other weights "
+            f"({equal} of {len(pairs)} sampled weights agree). Load the base it was trained on."
+        )
+
+
+def _sample(model: nn.Module) -> dict[str, list[int]]:
+    """Per parameter name, some of its values as the bits of a bfloat16."""
+    named = sorted((n, p) for n, p in model.named_parameters() if p.is_floating_point() and not p.is_meta)
+    chosen = named[:: max(1, len(named) // _PARAMETERS)][:_PARAMETERS]
+    sample = {}
+    for name, parameter in chosen:
+        flat = parameter.detach().reshape(-1)
+        index = torch.arange(_VALUES, device=flat.device) * len(flat) // _VALUES
+        sample[name] = flat[index].to("cpu", torch.bfloat16).view(torch.int16).tolist()
+    return sample
