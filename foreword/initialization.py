@@ -1,0 +1,258 @@
+"""Where a prefix starts: demonstrations, text, random numbers, or an exact no-op.
+
+Everything here is found by running the model itself with its attention calls intercepted; nothing depends on how a
+family computes its keys or rotates them. S text tokens, T tokens of a further row, N its batch.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from .attention import AttentionCall, attention_sites, entry_module, intercept, takes_positions
+from .errors import ConfigError
+from .fingerprint import fingerprint
+from .kernels import PrefixPart, concatenate, extend_mask
+from .prefix import Prefix, SiteTensors
+
+__all__ = ["compact_prefix", "noop_prefix", "random_prefix", "text_prefix"]
+
+_NOOP_GATE = 1e-30  # adds nothing that a float format can see, yet its gradient is exact
+_RANDOM_TOKENS = 64
+_RIDGE = 0.1
+
+
+def text_prefix(model: PreTrainedModel, input_ids: Sequence[int]) -> Prefix:
+    """The prefix that equals having these tokens in context: their own keys and values.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=2))
+        >>> text_prefix(model, [1, 2, 3, 4]).num_virtual_tokens
+        4
+    """
+    seen = _observe(model, _batch_of_one(model, input_ids))
+    return _prefix(model, [SiteTensors(s.key[0].transpose(0, 1), s.value[0].transpose(0, 1)) for s in seen])
+
+
+def random_prefix(model: PreTrainedModel, num_virtual_tokens: int, seed: int = 0) -> Prefix:
+    """Keys and values drawn from normal distributions with the mean and spread of the model's own, per head and dim."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(model.get_input_embeddings().weight.shape[0], (_RANDOM_TOKENS,), generator=generator)
+
+    def draw(own: Float[Tensor, "G S D"]) -> Float[Tensor, "P G D"]:
+        own = own.float().cpu()
+        noise = torch.randn(num_virtual_tokens, own.shape[0], own.shape[2], generator=generator)
+        return own.mean(1) + noise * own.std(1)
+
+    seen = _observe(model, _batch_of_one(model, ids.tolist()))
+    return _prefix(model, [SiteTensors(draw(s.key[0]), draw(s.value[0])) for s in seen])
+
+
+def noop_prefix(model: PreTrainedModel, num_virtual_tokens: int, seed: int = 0) -> Prefix:
+    """A random prefix behind closed gates, which shifts no positions: with it the model is exactly the base.
+
+    Zero keys would not do: a zero key still gets weight exp(0). A gate g multiplies exp(query @ key).
+    """
+    start = random_prefix(model, num_virtual_tokens, seed)
+    tensors = [
+        SiteTensors(key.data, value.data, torch.full(key.shape[:2], _NOOP_GATE)) for key, value, _ in start.tensors()
+    ]
+    return Prefix(start.sites, tensors, position_offset=0, base=start.base)
+
+
+def compact_prefix(
+    model: PreTrainedModel,
+    input_ids: Sequence[int],
+    further: Sequence[tuple[Sequence[int], int]],
+    num_virtual_tokens: int,
+    refit: bool = True,
+) -> Prefix:
+    """A text's keys and values compacted into fewer virtual tokens.
+
+    Kept are the first token, which serves as attention sink, and per key/value head the tokens that the completions of
+    `further` rows attend to most when they follow the text. Keys are moved to positions 0 to P-1. With `refit` the
+    values are then fitted by least squares, so that attention over the kept tokens gives the outputs that attention
+    over the whole text gave (Attention Matching).
+
+    Args:
+        input_ids: the text, for example rendered demonstrations.
+        further: other rendered rows, each with the length of its prompt.
+        num_virtual_tokens: P. A text that is not longer is kept whole.
+    """
+    if len(input_ids) <= num_virtual_tokens:
+        return text_prefix(model, input_ids)
+    text_ids = _batch_of_one(model, input_ids)
+    text = _observe(model, text_ids)
+    rows = pad_sequence([torch.tensor(list(row)) for row, _ in further], batch_first=True).to(model.device)
+    column = torch.arange(rows.shape[1])
+    asks = torch.stack([(column >= prompt - 1) & (column < len(row) - 1) for row, prompt in further]).to(model.device)
+
+    # Read the further rows after the whole text: what do their completions attend to, what do they get?
+    reading = _observe(model, rows, len(input_ids), lambda i, call: _run_after(text[i], call))
+    chosen = [
+        _most_attended(
+            _weights(after, before.key, before.value)[..., : len(input_ids)], asks, before, num_virtual_tokens
+        )
+        for before, after in zip(text, reading, strict=True)
+    ]
+    keys = _move(model, text_ids, text, chosen)
+    values = [
+        seen.value[0].gather(1, at[..., None].expand(-1, -1, seen.value.shape[-1]))
+        for seen, at in zip(text, chosen, strict=True)
+    ]
+    if refit:
+        # The same rows once more, now at the positions that follow the compact prefix.
+        moved = _observe(model, rows, num_virtual_tokens, lambda i, call: reading[i].output)
+        values = [_refit(*entry, asks) for entry in zip(moved, keys, values, (r.output for r in reading), strict=True)]
+    return _prefix(
+        model, [SiteTensors(k.transpose(0, 1), v.transpose(0, 1)) for k, v in zip(keys, values, strict=True)]
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- observation
+
+
+class _Seen(NamedTuple):
+    """One attention call of one site."""
+
+    query: Float[Tensor, "N H T D"]
+    key: Float[Tensor, "N G T D"]
+    value: Float[Tensor, "N G T E"]
+    output: Float[Tensor, "N T H E"]
+    mask: Tensor | None
+    is_causal: bool
+    scale: float
+
+
+@torch.no_grad()
+def _observe(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "N T"],
+    position: int | Tensor = 0,
+    respond: Callable[[int, AttentionCall], Tensor] | None = None,
+) -> list[_Seen]:
+    """Run the model below its head, first token at `position`; at each site answer with what `respond` returns."""
+    sites = attention_sites(model)
+    number = {model.get_submodule(site.name): i for i, site in enumerate(sites)}
+    seen: dict[int, _Seen] = {}
+
+    def handle(call: AttentionCall) -> tuple[Tensor, None]:
+        i = number[call.module]
+        output = call.run()[0] if respond is None else respond(i, call)
+        scale = call.options.get("scaling") or call.query.shape[-1] ** -0.5
+        seen[i] = _Seen(call.query, call.key, call.value, output, call.mask, call.is_causal, scale)
+        return output, None
+
+    options = {}
+    if takes_positions(model):
+        positions = position if isinstance(position, Tensor) else torch.arange(input_ids.shape[1]) + position
+        options["position_ids"] = positions.to(input_ids.device).expand_as(input_ids)
+    training = model.training
+    model.eval()
+    try:
+        with intercept(model, handle, [site.name for site in sites]):
+            entry_module(model)(input_ids=input_ids, use_cache=False, **options)
+    finally:
+        model.train(training)
+    return [seen[i] for i in range(len(sites))]
+
+
+def _batch_of_one(model: PreTrainedModel, input_ids: Sequence[int]) -> Int[Tensor, "1 S"]:
+    if not len(input_ids):
+        raise ConfigError("The text that the prefix should start from has no tokens.")
+    return torch.tensor([list(input_ids)], device=model.device)
+
+
+def _prefix(model: PreTrainedModel, tensors: list[SiteTensors]) -> Prefix:
+    dtype = torch.promote_types(torch.float32, model.dtype)
+    copies = [SiteTensors(*(t.to("cpu", dtype).contiguous() for t in entry[:2])) for entry in tensors]
+    offset = len(copies[0].key) if takes_positions(model) else 0
+    base = {"name": model.config._name_or_path or type(model).__name__, "fingerprint": fingerprint(model)}
+    return Prefix(attention_sites(model), copies, position_offset=offset, base=base)
+
+
+# -------------------------------------------------------------------------------------------------------- compaction
+
+
+def _run_after(text: _Seen, call: AttentionCall) -> Float[Tensor, "N T H E"]:
+    """What the call returns when the text precedes its tokens."""
+    part = PrefixPart(text.key[0].transpose(0, 1), text.value[0].transpose(0, 1))
+    key, value, _ = concatenate(call.key, call.value, [part])
+    new = part.key.shape[0]
+    mask = extend_mask(call.mask, None, call.query, call.key.shape[2], new, call.is_causal)
+    return call.run(key=key, value=value, mask=mask)[0]
+
+
+def _weights(seen: _Seen, key: Float[Tensor, "1 G P D"], value: Float[Tensor, "1 G P E"]) -> Float[Tensor, "N H T M"]:
+    """Attention weights over [given keys; own keys] in float32."""
+    part = PrefixPart(key[0].transpose(0, 1), value[0].transpose(0, 1))
+    keys, _, _ = concatenate(seen.key, seen.value, [part])
+    mask = extend_mask(seen.mask, None, seen.query, seen.key.shape[2], part.key.shape[0], seen.is_causal)
+    groups = seen.query.shape[1] // keys.shape[1]
+    scores = seen.query.float() @ keys.float().repeat_interleave(groups, 1).mT * seen.scale
+    return (scores if mask is None else scores + mask.float()).softmax(-1)
+
+
+def _most_attended(
+    weights: Float[Tensor, "N H T S"], asks: Tensor, text: _Seen, num_virtual_tokens: int
+) -> Int[Tensor, "G P"]:
+    """Per key/value head the first token and those with the most attention, in the order of the text."""
+    total = (weights * asks[:, None, :, None]).sum((0, 2))
+    per_head = total.reshape(text.key.shape[1], -1, total.shape[-1]).sum(1)
+    per_head[:, 0] = torch.inf
+    return per_head.topk(num_virtual_tokens, -1).indices.sort(-1).values
+
+
+def _move(
+    model: PreTrainedModel, text_ids: Tensor, text: list[_Seen], chosen: list[Tensor]
+) -> list[Float[Tensor, "G P D"]]:
+    """The chosen keys as if they stood at positions 0 to P-1.
+
+    The text is replayed with all its tokens at position j, for each j, while attention returns what it returned
+    before: then only the position inside the keys changes. If the values change as well, positions enter the hidden
+    states themselves (learned embeddings), keys cannot be moved, and stay as they are.
+    """
+    length = chosen[0].shape[1]
+    targets = torch.arange(length, device=text_ids.device)[:, None]
+    ids = text_ids.expand(length, -1)
+    replayed = _observe(model, ids, targets, lambda i, call: text[i].output.expand(length, -1, -1, -1))
+    drift = max(
+        float((r.value - t.value).norm() / t.value.norm()) / length**0.5 for r, t in zip(replayed, text, strict=True)
+    )
+    keys = []
+    for before, after, at in zip(text, replayed, chosen, strict=True):
+        heads = torch.arange(len(at), device=at.device)[:, None]
+        keys.append(after.key[targets.T, heads, at] if drift < 0.05 else before.key[0][heads, at])
+    return keys
+
+
+def _refit(
+    seen: _Seen,
+    key: Float[Tensor, "G P D"],
+    value: Float[Tensor, "G P E"],
+    wanted: Float[Tensor, "N T H E"],
+    asks: Tensor,
+) -> Float[Tensor, "G P E"]:
+    """Values for which attention over [key; own keys] gives the wanted outputs, by ridge regression towards `value`."""
+    weights = _weights(seen, key[None], value[None])
+    groups = seen.query.shape[1] // len(key)
+    own = weights[..., key.shape[1] :] @ seen.value.float().repeat_interleave(groups, 1)
+    residual = (
+        wanted.float().transpose(1, 2) - own - weights[..., : key.shape[1]] @ value.float().repeat_interleave(groups, 0)
+    )
+    rows = asks[:, None].expand(-1, groups, -1)
+    fitted = []
+    for head in range(len(key)):
+        span = slice(head * groups, (head + 1) * groups)
+        a, b = weights[:, span, :, : key.shape[1]][rows].double(), residual[:, span][rows].double()
+        gram = a.mT @ a
+        ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        change = torch.linalg.solve(gram + ridge, a.mT @ b)
+        change[0] = 0  # the sink stays
+        fitted.append(value[head].float() + change.float())
+    return torch.stack(fitted)
