@@ -1,0 +1,84 @@
+"""What the optimizer sees: parameters that yield a prefix's tensors once a step, and fold into a prefix at the end."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .prefix import Prefix, PrefixConfig, SiteTensors
+
+__all__ = ["Reparameterization"]
+
+_SMALLEST_GATE = 1e-30
+
+
+class Reparameterization(nn.Module):
+    """A prefix in training. Attach it like a prefix.
+
+    All tensors of a prefix side by side are one matrix `[P, F]`: a row for each virtual token, F the numbers that one
+    virtual token has at all sites. The trained rows are one parameter, or what the MLP adds to the start.
+
+    Args:
+        start: the prefix to start from; step 0 yields it exactly.
+        config: `freezes_first` keeps row 0 as it is; `reparameterization` chooses the parameters.
+    """
+
+    start: Float[Tensor, "P F"]
+
+    def __init__(self, start: Prefix, config: PrefixConfig) -> None:
+        super().__init__()
+        self.sites, self.position_offset, self.base = start.sites, start.position_offset, start.base
+        self.metadata = start.metadata
+        self._shapes = [[None if t is None else t.shape[1:] for t in entry] for entry in start.tensors()]
+        flat = [t.detach().float().flatten(1) for entry in start.tensors() for t in entry if t is not None]
+        self.register_buffer("start", torch.cat(flat, 1))
+        self.first = int(config.freezes_first)
+        trained = self.start[self.first :]
+        self.mlp: nn.Sequential | None = None
+        if config.reparameterization == "mlp":
+            width = config.mlp_width
+            self.embedding = nn.Parameter(torch.randn(len(trained), width) * 0.02)
+            last = nn.Linear(width, trained.shape[1])
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.mlp = nn.Sequential(nn.Linear(width, width), nn.Tanh(), last)
+        else:
+            self.rows = nn.Parameter(trained.clone())
+
+    def matrix(self) -> Float[Tensor, "P F"]:
+        """The prefix as one matrix, differentiable with respect to the parameters."""
+        trained = self.rows if self.mlp is None else self.start[self.first :] + self.mlp(self.embedding)
+        return torch.cat([self.start[: self.first], trained])
+
+    def tensors(self) -> list[SiteTensors]:
+        """For each site keys `[P, G, D]`, values `[P, G, E]` and gates `[P, G]` or `None`."""
+        return self._split(self.matrix())
+
+    def fold(self, matrix: Tensor | None = None) -> Prefix:
+        """The plain prefix that the parameters, or another matrix of theirs, stand for."""
+        with torch.no_grad():
+            tensors = self._split((self.matrix() if matrix is None else matrix).detach().cpu().clone())
+            return Prefix(
+                self.sites,
+                [SiteTensors(*(None if t is None else t.contiguous() for t in entry)) for entry in tensors],
+                position_offset=self.position_offset,
+                base=self.base,
+                metadata=self.metadata,
+            )
+
+    def _split(self, matrix: Tensor) -> list[SiteTensors]:
+        tensors, column = [], 0
+        for shapes in self._shapes:
+            entry: list[Any] = []
+            for shape in shapes:
+                if shape is None:
+                    entry.append(None)
+                    continue
+                width = shape.numel()
+                entry.append(matrix[:, column : column + width].unflatten(1, shape))
+                column += width
+            key, value, gate = entry
+            # Symmetric around zero, so that a gate that crosses it goes on learning; never zero, as its log is taken.
+            tensors.append(SiteTensors(key, value, None if gate is None else gate.abs().clamp_min(_SMALLEST_GATE)))
+        return tensors
