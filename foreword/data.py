@@ -1,0 +1,326 @@
+"""Rows to token ids: reading files, checking each row, rendering the chat template, batching by length."""
+
+import csv
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from .errors import DataError
+
+__all__ = ["IGNORED", "Batch", "Example", "Row", "collate", "encode", "prompt_ids", "read_rows", "schedule"]
+
+IGNORED = -100  # the label of a token that carries no loss
+_BUCKET_BATCHES = 16  # rows are sorted by length within this many batches
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: chat messages, of which the last assistant message is the completion.
+
+    `source` says where the row comes from, for messages. `references` are further right answers. `prefix` names the
+    prefix to answer with, for `generate`.
+    """
+
+    messages: tuple[dict[str, str], ...]
+    completion: str | None
+    source: str
+    references: tuple[str, ...] = ()
+    prefix: str | None = None
+
+    @property
+    def prompt(self) -> str:
+        """What the last user message says."""
+        return self.messages[-1]["content"]
+
+    @property
+    def answers(self) -> list[str]:
+        """All right answers: the references if there are any, else the completion."""
+        return list(self.references) or [self.completion or ""]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as token ids: prompt, then completion with the token that ends it."""
+
+    input_ids: tuple[int, ...]
+    prompt_length: int
+    source: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded rows. Causal attention never looks right, so no mask is needed; padding carries no label."""
+
+    input_ids: Tensor  # [B, T]
+    labels: Tensor  # [B, T], IGNORED where there is no loss
+
+
+# ----------------------------------------------------------------------------------------------------------- reading
+
+
+def read_rows(
+    data: str | Path | Iterable[dict[str, Any]], *, completions: bool = True, skip_bad: bool = False
+) -> tuple[list[Row], list[str]]:
+    """Read and check rows.
+
+    Args:
+        data: a `.jsonl`, `.csv` or `.parquet` file, the name of a data set for `datasets.load_dataset` (with an
+            optional `:split`, default `train`), or dictionaries. A row has `prompt` and `completion`, or `messages` in
+            OpenAI's form ending with an assistant message, and optionally `references`.
+        completions: whether a row without a completion is bad.
+        skip_bad: leave bad rows out instead of raising.
+
+    Returns:
+        The rows, and for each row left out the reason.
+
+    Raises:
+        DataError: the file cannot be read, has no rows, or (unless `skip_bad`) has a bad row; with file and line.
+
+    Example:
+        >>> rows, skipped = read_rows([{"prompt": "2 + 2", "completion": "4"}, {"prompt": "3 + 3"}], skip_bad=True)
+        >>> len(rows), skipped
+        (1, ['row 2: no "completion" and no "messages"; the row has prompt.'])
+    """
+    rows, bad = [], []
+    for source, raw in _raw_rows(data):
+        try:
+            if isinstance(raw, DataError):
+                raise raw
+            rows.append(_row(raw, source, completions))
+        except DataError as error:
+            if not skip_bad:
+                raise DataError(f"{error} Mend the row, or leave bad rows out with --skip-bad-rows.") from None
+            bad.append(str(error))
+    if not rows:
+        where = data if isinstance(data, str | Path) else "the data"
+        raise DataError(f"{where}: no usable rows. Expected at least one" + (f"; {len(bad)} were bad." if bad else "."))
+    return rows, bad
+
+
+def _raw_rows(data: str | Path | Iterable[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Each raw row with where it stands; a `DataError` in place of a row that cannot be parsed."""
+    if not isinstance(data, str | Path):
+        yield from ((f"row {i}", row) for i, row in enumerate(data, 1))
+        return
+    path = Path(data)
+    if not path.exists():
+        if path.suffix or path.is_absolute():
+            raise DataError(f"{path}: no such file. Expected a .jsonl, .csv or .parquet file, or a data set's name.")
+        yield from _from_datasets(str(data))
+    elif path.suffix in (".jsonl", ".ndjson"):
+        yield from _from_jsonl(path)
+    elif path.suffix == ".csv":
+        yield from _from_csv(path)
+    elif path.suffix == ".parquet":
+        yield from _from_datasets("parquet", data_files=str(path))
+    else:
+        raise DataError(
+            f"{path}: cannot tell the format of a {path.suffix or 'nameless'} file. Use .jsonl, .csv or .parquet."
+        )
+
+
+def _from_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        where = f"{path}:{number}"
+        if not line.strip():
+            continue
+        try:
+            yield where, json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            yield where, DataError(f"{where}: not UTF-8 (byte {error.start} of the line).")
+        except json.JSONDecodeError as error:
+            yield where, DataError(f"{where}: not JSON ({error.msg} at column {error.colno}).")
+
+
+def _from_csv(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}:{line}: not UTF-8. Save the file as UTF-8.") from None
+    reader = csv.DictReader(text.splitlines(keepends=True))
+    for raw in reader:
+        fields = {k: v for k, v in raw.items() if k is not None and v is not None}
+        yield f"{path}:{reader.line_num}", fields
+
+
+def _from_datasets(name: str, **options: Any) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    name, _, split = name.partition(":")
+    try:
+        loaded = datasets.load_dataset(name, split=split or "train", **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"{options.get('data_files', name)}: cannot be loaded by the datasets library: {error}"
+        ) from None
+    where = options.get("data_files", name)
+    yield from ((f"{where}, row {i}", raw) for i, raw in enumerate(loaded, 1))
+
+
+def _row(raw: Any, source: str, completions: bool) -> Row:
+    if not isinstance(raw, dict):
+        raise DataError(f"{source}: expected an object with fields, got {type(raw).__name__}.")
+    prefix, references = raw.get("prefix"), raw.get("references") or []
+    if prefix is not None and not isinstance(prefix, str):
+        raise DataError(f'{source}: "prefix" must be a string, got {type(prefix).__name__}.')
+    if isinstance(references, str):  # a CSV cell
+        references = [references]
+    if not isinstance(references, list) or not all(isinstance(r, str) and r.strip() for r in references):
+        raise DataError(f'{source}: "references" must be a list of non-empty strings.')
+    if raw.get("messages") is not None:
+        messages = _messages(raw["messages"], source)
+        completion = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
+    else:
+        if "prompt" not in raw:
+            raise DataError(f'{source}: no "prompt" and no "messages"; the row has {_fields(raw)}.')
+        messages = [{"role": "user", "content": _text(raw, "prompt", source)}]
+        completion = _text(raw, "completion", source) if raw.get("completion") is not None else None
+    if completions and completion is None and not references:
+        raise DataError(f'{source}: no "completion" and no "messages"; the row has {_fields(raw)}.')
+    return Row(
+        tuple(messages), completion or (references[0] if references else None), source, tuple(references), prefix
+    )
+
+
+def _messages(messages: Any, source: str) -> list[dict[str, str]]:
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f'{source}: "messages" must be a non-empty list, got {type(messages).__name__}.')
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise DataError(f'{source}: message {i + 1} must be an object with "role" and "content".')
+        _text(message, "content", f"{source}, message {i + 1}")
+    if len(messages) == 1 and messages[0]["role"] == "assistant":
+        raise DataError(f'{source}: "messages" has a completion but nothing before it.')
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def _text(raw: dict[str, Any], name: str, source: str) -> str:
+    value = raw.get(name)
+    if not isinstance(value, str):
+        raise DataError(f'{source}: "{name}" must be a string, got {type(value).__name__}.')
+    if not value.strip():
+        raise DataError(f'{source}: "{name}" is empty.')
+    return value
+
+
+def _fields(raw: dict[str, Any]) -> str:
+    return ", ".join(map(str, raw)) or "no fields"
+
+
+# --------------------------------------------------------------------------------------------------------- rendering
+
+
+def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[int]:
+    """The prompt as the model sees it. `template` is a chat template, or `None` for plain text."""
+    return _tokenize(tokenizer, _prompt_text(row, tokenizer, template), special=template is None)
+
+
+def encode(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None,
+    max_length: int,
+    skip_bad: bool = False,
+) -> tuple[list[Example], list[str]]:
+    """Rows as token ids; the completion ends with the token that ends a turn.
+
+    Prompt and completion are tokenized apart, because generation starts from the prompt's own tokens.
+
+    Raises:
+        DataError: a row has more than `max_length` tokens (unless `skip_bad`), or the tokenizer cannot end a text.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"{type(tokenizer).__name__} has no end-of-sequence token, so no completion could ever end.")
+    examples, bad = [], []
+    for row in rows:
+        prompt = prompt_ids(row, tokenizer, template)
+        ids = prompt + _tokenize(tokenizer, _completion_text(row, tokenizer, template), special=False)
+        if ids[-1] != tokenizer.eos_token_id:
+            ids.append(tokenizer.eos_token_id)
+        if len(ids) <= max_length:
+            examples.append(Example(tuple(ids), len(prompt), row.source))
+            continue
+        reason = f"{row.source}: {len(ids)} tokens, more than max_length={max_length}."
+        if not skip_bad:
+            raise DataError(f"{reason} Raise --max-length, shorten the row, or leave it out with --skip-bad-rows.")
+        bad.append(reason)
+    if not examples:
+        raise DataError(f"No row has at most max_length={max_length} tokens. Raise --max-length.")
+    return examples, bad
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
+    """`special`: with the tokens that start a text; a chat template writes them itself. Never with those that end it."""
+    ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+    if special and ids and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
+    return list(ids)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[dict[str, str]], reply: bool) -> str:
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages), chat_template=template, tokenize=False, add_generation_prompt=reply
+            )
+        )
+    except TemplateError as error:
+        raise DataError(f"The chat template refuses these messages: {error}") from error
+
+
+def _prompt_text(row: Row, tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
+    if template is None:
+        return "\n".join(message["content"] for message in row.messages)
+    return _render(tokenizer, template, row.messages, reply=True)
+
+
+def _completion_text(row: Row, tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
+    completion = row.completion or ""
+    if template is None:
+        return completion
+    prompt = _prompt_text(row, tokenizer, template)
+    whole = _render(tokenizer, template, [*row.messages, {"role": "assistant", "content": completion}], reply=False)
+    if not whole.startswith(prompt):  # a template that rewrites earlier turns: the completion as it is
+        return completion
+    end = whole.find(tokenizer.eos_token, len(prompt) + len(completion.rstrip()))
+    return whole[len(prompt) :] if end < 0 else whole[len(prompt) : end + len(tokenizer.eos_token)]
+
+
+# ---------------------------------------------------------------------------------------------------------- batching
+
+
+def schedule(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of one epoch, as row numbers: shuffled, sorted by length within buckets, the batches shuffled again.
+
+    A function of its arguments alone, so that training resumes in the same order. The last batch may be smaller.
+    """
+    generator = random.Random(f"{seed} {epoch}")
+    order = list(range(len(lengths)))
+    generator.shuffle(order)
+    bucket = batch_size * _BUCKET_BATCHES
+    batches = []
+    for start in range(0, len(order), bucket):
+        by_length = sorted(order[start : start + bucket], key=lambda i: lengths[i])
+        batches += [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+    generator.shuffle(batches)
+    return batches
+
+
+def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
+    """Pad on the right; label the completions."""
+    ids = [torch.tensor(e.input_ids) for e in examples]
+    labels = [torch.tensor((IGNORED,) * e.prompt_length + e.input_ids[e.prompt_length :]) for e in examples]
+    return Batch(
+        pad_sequence(ids, batch_first=True).to(device),
+        pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(device),
+    )
