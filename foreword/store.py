@@ -1,0 +1,182 @@
+"""The file format: one safetensors file a prefix, everything about it as JSON in its header.
+
+Tensors: `{site number}.key` `[P, G, D]`, `{site number}.value` `[P, G, E]` and, where there are gates,
+`{site number}.gate` `[P, G]`. The header's `foreword` entry: format version, base name and fingerprint, sites, position
+offset, and the prefix's metadata (chat template, demonstrations, how it was trained).
+"""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from .errors import ConfigError, PrefixFileError
+from .prefix import AttentionSite, Prefix, SiteTensors
+
+__all__ = ["FORMAT_VERSION", "PrefixStore", "load", "read_header", "save"]
+
+FORMAT_VERSION = 1
+_ENTRY = "foreword"
+_SUFFIX = ".safetensors"
+
+
+def save(prefix: Prefix, path: str | Path) -> Path:
+    """Write a prefix to `path`: whole, or not at all.
+
+    Raises:
+        ConfigError: the name does not end in `.safetensors`.
+        PrefixFileError: the prefix holds NaN or infinity; nothing is written.
+
+    Example:
+        >>> import foreword
+        >>> foreword.save(prefix, "tickets.safetensors")  # doctest: +SKIP
+    """
+    path = Path(path)
+    if path.suffix != _SUFFIX:
+        raise ConfigError(f"{path}: a prefix file is named *{_SUFFIX}. Use {path.with_suffix(_SUFFIX)}.")
+    tensors = {
+        f"{i}.{name}": tensor.detach().cpu().contiguous()
+        for i, site in enumerate(prefix.tensors())
+        for name, tensor in site._asdict().items()
+        if tensor is not None
+    }
+    _check_finite(tensors, path)
+    header = {
+        "version": FORMAT_VERSION,
+        "base": prefix.base,
+        "position_offset": prefix.position_offset,
+        "sites": [asdict(site) for site in prefix.sites],
+        "metadata": prefix.metadata,
+    }
+    content = to_bytes(tensors, {_ENTRY: json.dumps(header, allow_nan=False), "format": "pt"})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def load(path: str | Path) -> Prefix:
+    """Read a prefix and check all of it: format, version, shapes, numbers. `attach` checks it against the model.
+
+    Raises:
+        PrefixFileError: no such file, truncated, no prefix, an unknown version, a tensor missing or of the wrong shape,
+            NaN or infinity.
+    """
+    path = Path(path)
+    header = read_header(path)
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    _check_finite(tensors, path)
+    try:
+        sites = [AttentionSite(**site) for site in header["sites"]]
+        gated = "0.gate" in tensors
+        entries = [
+            SiteTensors(tensors.pop(f"{i}.key"), tensors.pop(f"{i}.value"), tensors.pop(f"{i}.gate") if gated else None)
+            for i in range(len(sites))
+        ]
+        prefix = Prefix(
+            sites,
+            entries,
+            position_offset=header["position_offset"],
+            base=header["base"],
+            metadata=header["metadata"],
+        )
+    except (KeyError, TypeError, ConfigError) as error:
+        raise PrefixFileError(f"{path}: damaged prefix file: {error}. Train or copy it again.") from error
+    if tensors:
+        raise PrefixFileError(f"{path}: tensors that belong to no site: {', '.join(sorted(tensors))}.")
+    return prefix
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """What the file says about itself, without reading its tensors.
+
+    Raises:
+        PrefixFileError: as `load`, for what the header can show.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(_ENTRY)
+    except FileNotFoundError:
+        raise PrefixFileError(f"{path}: no such file.") from None
+    except IsADirectoryError:
+        raise PrefixFileError(f"{path}: a folder. Expected a prefix file (*{_SUFFIX}).") from None
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size if path.exists() else 0
+        raise PrefixFileError(
+            f"{path}: not a whole safetensors file ({size:,} bytes; {error}). It was truncated, or is something else. "
+            "Copy or train it again."
+        ) from None
+    if text is None:
+        raise PrefixFileError(f"{path}: a safetensors file, but not a prefix: its header has no {_ENTRY!r} entry.")
+    header = json.loads(text)
+    if header.get("version") != FORMAT_VERSION:
+        raise PrefixFileError(
+            f"{path}: format version {header.get('version')!r}; this Foreword reads version {FORMAT_VERSION}. "
+            "Update Foreword with pip install -U foreword."
+        )
+    return header
+
+
+class PrefixStore(Mapping[str, Prefix]):
+    """A folder of prefix files as a mapping from name to prefix; the file's stem is the name. Loads on access.
+
+    Example:
+        >>> store = PrefixStore("prefixes")  # doctest: +SKIP
+        >>> with foreword.attach(model, [store["tickets"], store["products"]]): ...  # doctest: +SKIP
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise PrefixFileError(f"{self.folder}: no such folder.")
+
+    def path(self, name: str) -> Path:
+        """Where the prefix of this name is, or would be."""
+        return self.folder / f"{name}{_SUFFIX}"
+
+    def __getitem__(self, name: str) -> Prefix:
+        if name not in self:
+            raise KeyError(name)
+        return load(self.path(name))
+
+    def __contains__(self, name: object) -> bool:
+        return name in list(self)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(path.stem for path in self.folder.glob(f"*{_SUFFIX}")))
+
+    def __len__(self) -> int:
+        return len(list(self))
+
+    def __setitem__(self, name: str, prefix: Prefix) -> None:
+        save(prefix, self.path(name))
+
+
+def _check_finite(tensors: dict[str, Tensor], path: Path) -> None:
+    for name, tensor in tensors.items():
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise PrefixFileError(
+                f"{path}: {bad} of {math.prod(tensor.shape)} numbers of tensor {name!r} are NaN or infinite. "
+                "Train again with a lower learning rate, or copy the file again."
+            )
