@@ -2,8 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# The CPU build of torch, from PyTorch's own index where it can be reached.
-CPU_TORCH := --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0
+# The CPU build of torch, from PyTorch's own index where it can be reached; two times quiet, as another index will do too.
+CPU_TORCH := -qq --retries 1 --no-deps --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0
 
 .PHONY: demo test check docs clean
 
@@ -25,7 +25,7 @@ docs: .venv/dev ## write docs/api.md from the docstrings
 .venv/base: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Foreword needs Python 3.11 or newer: make PYTHON=..."'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet $(CPU_TORCH)
+	$(BIN)/pip install $(CPU_TORCH)
 	$(BIN)/pip install --quiet --editable .
 	touch $@
 

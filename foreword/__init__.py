@@ -1,11 +1,18 @@
 """Foreword: prefix tuning. Freeze a pretrained Transformer, train a few key and value vectors, keep them as the task."""
 
-from .attention import attach, attention_sites
-from .errors import ForewordError
-from .evaluate import evaluate
-from .prefix import AttentionSite, Prefix, PrefixConfig
-from .store import PrefixStore, load, save
-from .train import TrainConfig, train
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .attention import attach, attention_sites
+    from .config import PrefixConfig, TrainConfig
+    from .errors import ForewordError
+    from .evaluation import evaluate
+    from .initialization import text_prefix
+    from .models import load_base
+    from .prefix import AttentionSite, Prefix
+    from .store import PrefixStore, load, save
+    from .training import train
 
 __all__ = [
     "AttentionSite",
@@ -18,8 +25,38 @@ __all__ = [
     "attention_sites",
     "evaluate",
     "load",
+    "load_base",
     "save",
+    "text_prefix",
     "train",
 ]
 
 __version__ = "0.1.0"
+
+# Torch and Transformers take seconds to import; the command's help and its errors need neither.
+_HOME = {
+    "AttentionSite": "prefix",
+    "ForewordError": "errors",
+    "Prefix": "prefix",
+    "PrefixConfig": "config",
+    "PrefixStore": "store",
+    "TrainConfig": "config",
+    "attach": "attention",
+    "attention_sites": "attention",
+    "evaluate": "evaluation",
+    "load": "store",
+    "load_base": "models",
+    "save": "store",
+    "text_prefix": "initialization",
+    "train": "training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

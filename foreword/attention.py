@@ -295,7 +295,7 @@ def attach(model: PreTrainedModel, prefix: "PrefixSource | Sequence[PrefixSource
         >>> import torch, foreword
         >>> from transformers import GPT2Config, GPT2LMHeadModel
         >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=2))
-        >>> prefix = foreword.random_prefix(model, num_virtual_tokens=3)
+        >>> prefix = foreword.text_prefix(model, input_ids=[7, 8, 9])
         >>> ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
         >>> with foreword.attach(model, [prefix, None]):   # row 0 sees the prefix, row 1 does not
         ...     logits = model(ids).logits

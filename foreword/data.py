@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .errors import DataError
 
-__all__ = ["IGNORED", "Batch", "Example", "Row", "collate", "encode", "prompt_ids", "read_rows", "schedule"]
+__all__ = ["IGNORED", "Batch", "Data", "Example", "Row", "collate", "encode", "prompt_ids", "read_rows", "schedule"]
 
 IGNORED = -100  # the label of a token that carries no loss
 _BUCKET_BATCHES = 16  # rows are sorted by length within this many batches
@@ -47,6 +47,9 @@ class Row:
         return list(self.references) or [self.completion or ""]
 
 
+Data = str | Path | Iterable[dict[str, Any] | Row]
+
+
 @dataclass(frozen=True)
 class Example:
     """A row as token ids: prompt, then completion with the token that ends it."""
@@ -67,14 +70,12 @@ class Batch:
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
-def read_rows(
-    data: str | Path | Iterable[dict[str, Any]], *, completions: bool = True, skip_bad: bool = False
-) -> tuple[list[Row], list[str]]:
+def read_rows(data: Data, *, completions: bool = True, skip_bad: bool = False) -> tuple[list[Row], list[str]]:
     """Read and check rows.
 
     Args:
         data: a `.jsonl`, `.csv` or `.parquet` file, the name of a data set for `datasets.load_dataset` (with an
-            optional `:split`, default `train`), or dictionaries. A row has `prompt` and `completion`, or `messages` in
+            optional `:split`, default `train`), or dictionaries or rows. A row has `prompt` and `completion`, or `messages` in
             OpenAI's form ending with an assistant message, and optionally `references`.
         completions: whether a row without a completion is bad.
         skip_bad: leave bad rows out instead of raising.
@@ -106,7 +107,7 @@ def read_rows(
     return rows, bad
 
 
-def _raw_rows(data: str | Path | Iterable[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+def _raw_rows(data: Data) -> Iterator[tuple[str, Any]]:
     """Each raw row with where it stands; a `DataError` in place of a row that cannot be parsed."""
     if not isinstance(data, str | Path):
         yield from ((f"row {i}", row) for i, row in enumerate(data, 1))
@@ -168,6 +169,8 @@ def _from_datasets(name: str, **options: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _row(raw: Any, source: str, completions: bool) -> Row:
+    if isinstance(raw, Row):
+        return raw
     if not isinstance(raw, dict):
         raise DataError(f"{source}: expected an object with fields, got {type(raw).__name__}.")
     prefix, references = raw.get("prefix"), raw.get("references") or []

@@ -1,5 +1,6 @@
 """What makes a base model this model and no other: its architecture fields and a digest of sampled weights."""
 
+import hashlib
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 
 from .errors import ModelMismatchError
 
-__all__ = ["check_fingerprint", "fingerprint"]
+__all__ = ["check_fingerprint", "digest", "fingerprint"]
 
 _PARAMETERS, _VALUES, _MATCH = 32, 8, 0.9
 _VOLATILE = {  # fields that say how a model is run or stored, not what it computes
@@ -52,6 +53,15 @@ def check_fingerprint(expected: dict[str, Any], model: nn.Module, name: str) -> 
             f"The prefix was trained for {name}; this model has the same architecture but other weights "
             f"({equal} of {len(pairs)} sampled weights agree). Load the base it was trained on."
         )
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 over the bytes of every weight of the model."""
+    sha = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        sha.update(name.encode())
+        sha.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def _sample(model: nn.Module) -> dict[str, list[int]]:

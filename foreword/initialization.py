@@ -14,11 +14,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .attention import AttentionCall, attention_sites, entry_module, intercept, takes_positions
+from .config import PrefixConfig
 from .data import Example
 from .errors import ConfigError
 from .fingerprint import fingerprint
 from .kernels import PrefixPart, concatenate, extend_mask
-from .prefix import Prefix, PrefixConfig, SiteTensors
+from .prefix import Prefix, SiteTensors
 
 __all__ = ["compact_prefix", "demonstrate", "initialize", "noop_prefix", "random_prefix", "text_prefix"]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .errors import ConfigError
 
-__all__ = ["AttentionSite", "Prefix", "PrefixConfig", "SiteTensors"]
+__all__ = ["AttentionSite", "Prefix", "SiteTensors"]
 
 
 @dataclass(frozen=True)
@@ -26,55 +26,6 @@ class AttentionSite:
     key_dim: int
     value_dim: int
     sliding_window: int | None = None
-
-
-@dataclass(frozen=True)
-class PrefixConfig:
-    """What a new prefix looks like before training.
-
-    Args:
-        num_virtual_tokens: P, the number of key and value vectors that each attention site sees.
-        initialization: where the first keys and values come from. `demonstrations`: training rows, compacted into
-            `num_virtual_tokens`; `text`: `init_text`; `random`: keys and values drawn with the statistics of the
-            model's own; `noop`: random ones behind closed gates, so that step 0 equals the base exactly.
-        num_demonstrations: how many training rows the `demonstrations` start renders into context.
-        init_text: the text for `text`, for example an instruction.
-        freeze_first: keep the first virtual token as it starts, as an attention sink. `None`: exactly when the start
-            comes from text (`demonstrations`, `text`).
-        reparameterization: `none` trains keys and values themselves; `mlp` trains an embedding and a two-layer tanh
-            network that yields them (Li & Liang 2021, section 4.3), folded away after training.
-        mlp_width: the width of the hidden layer and of the embedding, for `mlp`.
-    """
-
-    num_virtual_tokens: int = 16
-    initialization: Literal["demonstrations", "text", "random", "noop"] = "demonstrations"
-    num_demonstrations: int = 3
-    init_text: str | None = None
-    freeze_first: bool | None = None
-    reparameterization: Literal["none", "mlp"] = "none"
-    mlp_width: int = 512
-
-    def __post_init__(self) -> None:
-        for name in ("num_virtual_tokens", "num_demonstrations", "mlp_width"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if (self.initialization == "text") != (self.init_text is not None):
-            raise ConfigError(
-                "init_text belongs to initialization='text' and to no other: "
-                f"got initialization={self.initialization!r}, init_text={self.init_text!r}."
-            )
-        if self.freezes_first and self.num_virtual_tokens == 1:
-            raise ConfigError(
-                "With one virtual token and the first one frozen nothing is left to train: "
-                "use num_virtual_tokens of 2 or more, or freeze_first=False."
-            )
-
-    @property
-    def freezes_first(self) -> bool:
-        """Whether the first virtual token stays as it starts."""
-        if self.freeze_first is None:
-            return self.initialization in ("demonstrations", "text")
-        return self.freeze_first
 
 
 class SiteTensors(NamedTuple):

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .prefix import Prefix, PrefixConfig, SiteTensors
+from .config import PrefixConfig
+from .prefix import Prefix, SiteTensors
 
 __all__ = ["Reparameterization"]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from .errors import ConfigError, PrefixFileError
 from .prefix import AttentionSite, Prefix, SiteTensors
 
-__all__ = ["FORMAT_VERSION", "PrefixStore", "load", "read_header", "save"]
+__all__ = ["FORMAT_VERSION", "PrefixStore", "check_writable", "load", "read_header", "save"]
 
 FORMAT_VERSION = 1
 _ENTRY = "foreword"
@@ -40,9 +40,7 @@ def save(prefix: Prefix, path: str | Path) -> Path:
         >>> import foreword
         >>> foreword.save(prefix, "tickets.safetensors")  # doctest: +SKIP
     """
-    path = Path(path)
-    if path.suffix != _SUFFIX:
-        raise ConfigError(f"{path}: a prefix file is named *{_SUFFIX}. Use {path.with_suffix(_SUFFIX)}.")
+    path = check_writable(path)
     tensors = {
         f"{i}.{name}": tensor.detach().cpu().contiguous()
         for i, site in enumerate(prefix.tensors())
@@ -53,12 +51,12 @@ def save(prefix: Prefix, path: str | Path) -> Path:
     header = {
         "version": FORMAT_VERSION,
         "base": prefix.base,
+        "virtual_tokens": prefix.num_virtual_tokens,
         "position_offset": prefix.position_offset,
         "sites": [asdict(site) for site in prefix.sites],
         "metadata": prefix.metadata,
     }
     content = to_bytes(tensors, {_ENTRY: json.dumps(header, allow_nan=False), "format": "pt"})
-    path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -70,6 +68,26 @@ def save(prefix: Prefix, path: str | Path) -> Path:
     except BaseException:
         Path(aside).unlink(missing_ok=True)
         raise
+    return path
+
+
+def check_writable(path: str | Path) -> Path:
+    """The path, if a prefix can be written there; better asked before training than after.
+
+    Raises:
+        ConfigError: the name does not end in `.safetensors`, or its folder cannot be written to.
+    """
+    path = Path(path)
+    if path.suffix != _SUFFIX:
+        raise ConfigError(f"{path}: a prefix file is named *{_SUFFIX}. Use {path.with_suffix(_SUFFIX)}.")
+    folder = path.parent
+    if not os.access(folder, os.W_OK) or path.is_dir():
+        state = (
+            "is a folder"
+            if path.is_dir()
+            else f"cannot be written: {folder} " + ("is read-only" if folder.exists() else "does not exist")
+        )
+        raise ConfigError(f"{path} {state}. Choose another file, or make the folder.")
     return path
 
 

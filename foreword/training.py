@@ -11,9 +11,9 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,72 +25,16 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .attention import attach, position_limit
-from .data import IGNORED, Batch, Example, collate, encode, read_rows, schedule
+from .config import PrefixConfig, TrainConfig
+from .data import IGNORED, Batch, Data, Example, collate, encode, read_rows, schedule
 from .errors import ConfigError, DataError
 from .initialization import initialize
-from .prefix import Prefix, PrefixConfig
+from .prefix import Prefix
 from .reparameterization import Reparameterization
 from .runs import RunFolder
 from .store import load, save
 
-__all__ = ["Progress", "TrainConfig", "train"]
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train.
-
-    Args:
-        steps: optimizer steps.
-        batch_size: rows a step.
-        micro_batches: into how many parts each batch is split, to save memory; the result is the same.
-        learning_rate: of AdamW, at the first step; it falls linearly to zero.
-        max_length: tokens that a row may have.
-        held_out_fraction: the share of the rows set aside to measure progress, at most 64 rows; unused where held-out
-            rows are given.
-        evaluate_every: steps between two evaluations on the held-out rows.
-        patience: evaluations without improvement after which training stops. The best prefix is kept.
-        checkpoint_every: steps between two checkpoints.
-        seed: fixes the order of the rows and every random number.
-        skip_bad_rows: leave bad rows out and count them, instead of an error.
-        tracker: a tracker of Accelerate's, such as `tensorboard` or `wandb`, to log to as well.
-    """
-
-    steps: int = 200
-    batch_size: int = 4
-    micro_batches: int = 1
-    learning_rate: float = 3e-2
-    max_length: int = 1024
-    held_out_fraction: float = 0.1
-    evaluate_every: int = 25
-    patience: int = 4
-    checkpoint_every: int = 25
-    seed: int = 0
-    skip_bad_rows: bool = False
-    tracker: str | None = None
-
-    def __post_init__(self) -> None:
-        counts = (
-            "steps",
-            "batch_size",
-            "micro_batches",
-            "max_length",
-            "evaluate_every",
-            "patience",
-            "checkpoint_every",
-        )
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate must be positive, got {self.learning_rate}.")
-        if not 0 <= self.held_out_fraction < 1:
-            raise ConfigError(f"held_out_fraction must be at least 0 and below 1, got {self.held_out_fraction}.")
-        if self.tracker is not None and self.tracker not in (known := [str(t) for t in get_available_trackers()]):
-            raise ConfigError(
-                f"tracker {self.tracker!r} is not installed or not known to Accelerate. "
-                f"Installed: {', '.join(known) or 'none'}. Install it with pip."
-            )
+__all__ = ["Progress", "completion_loss", "train"]
 
 
 class Progress(NamedTuple):
@@ -106,11 +50,11 @@ class Progress(NamedTuple):
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: str | Path | Iterable[dict[str, Any]],
+    data: Data,
     prefix: PrefixConfig | None = None,
     config: TrainConfig | None = None,
     *,
-    held_out: str | Path | Iterable[dict[str, Any]] | None = None,
+    held_out: Data | None = None,
     run: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -146,6 +90,7 @@ def train(
         >>> prefix = train(model, tokenizer, rows)  # doctest: +SKIP
     """
     prefix, config = prefix or PrefixConfig(), config or TrainConfig()
+    _check_tracker(config.tracker)
     rows, held_out_rows, skipped = _examples(model, tokenizer, data, held_out, prefix, config)
     accelerator = Accelerator(cpu=model.device.type == "cpu", log_with=config.tracker, project_dir=run)
     asked = {"prefix": asdict(prefix), "train": asdict(config), "data": _digest([*rows, *held_out_rows])}
@@ -207,6 +152,15 @@ def _examples(
     if not kept:
         raise DataError(f"All {len(examples)} rows were set aside as held out. Lower held_out_fraction, or add rows.")
     return kept, [examples[i] for i in sorted(aside)], skipped
+
+
+def _check_tracker(name: str | None) -> None:
+    known = [str(tracker) for tracker in get_available_trackers()]  # Accelerate itself would ignore a missing one
+    if name is not None and name not in known:
+        raise ConfigError(
+            f"tracker {name!r} is not installed, or not known to Accelerate. "
+            f"Installed: {', '.join(known) or 'none'}. Install it, for example with pip install tensorboard."
+        )
 
 
 def _digest(examples: Sequence[Example]) -> str:

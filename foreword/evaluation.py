@@ -1,16 +1,15 @@
 """Answer rows in batches, each with its own prefix, and measure the answers."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .attention import attach
-from .data import Row, prompt_ids, read_rows
+from .data import Data, Row, prompt_ids, read_rows
 from .errors import ConfigError
 from .prefix import Prefix
 
@@ -42,7 +41,7 @@ class Evaluation:
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: str | Path | Iterable[dict[str, Any]],
+    data: Data,
     prefix: Prefix,
     *,
     compare: Sequence[str] = ("base", "demonstrations"),

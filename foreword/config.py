@@ -1,0 +1,109 @@
+"""What can be asked for: the options of a prefix and of its training. Plain data, quick to import."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import ConfigError
+
+__all__ = ["PrefixConfig", "TrainConfig"]
+
+
+@dataclass(frozen=True)
+class PrefixConfig:
+    """What a new prefix looks like before training.
+
+    Args:
+        num_virtual_tokens: P, the number of key and value vectors that each attention site sees.
+        initialization: where the first keys and values come from. `demonstrations`: training rows, compacted into
+            `num_virtual_tokens`; `text`: `init_text`; `random`: keys and values drawn with the statistics of the
+            model's own; `noop`: random ones behind closed gates, so that step 0 equals the base exactly.
+        num_demonstrations: how many training rows the `demonstrations` start renders into context.
+        init_text: the text for `text`, for example an instruction.
+        freeze_first: keep the first virtual token as it starts, as an attention sink. `None`: exactly when the start
+            comes from text (`demonstrations`, `text`).
+        reparameterization: `none` trains keys and values themselves; `mlp` trains an embedding and a two-layer tanh
+            network that yields them (Li & Liang 2021, section 4.3), folded away after training.
+        mlp_width: the width of the hidden layer and of the embedding, for `mlp`.
+    """
+
+    num_virtual_tokens: int = 16
+    initialization: Literal["demonstrations", "text", "random", "noop"] = "demonstrations"
+    num_demonstrations: int = 3
+    init_text: str | None = None
+    freeze_first: bool | None = None
+    reparameterization: Literal["none", "mlp"] = "none"
+    mlp_width: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("num_virtual_tokens", "num_demonstrations", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if (self.initialization == "text") != (self.init_text is not None):
+            raise ConfigError(
+                "init_text belongs to initialization='text' and to no other: "
+                f"got initialization={self.initialization!r}, init_text={self.init_text!r}."
+            )
+        if self.freezes_first and self.num_virtual_tokens == 1:
+            raise ConfigError(
+                "With one virtual token and the first one frozen nothing is left to train: "
+                "use num_virtual_tokens of 2 or more, or freeze_first=False."
+            )
+
+    @property
+    def freezes_first(self) -> bool:
+        """Whether the first virtual token stays as it starts."""
+        if self.freeze_first is None:
+            return self.initialization in ("demonstrations", "text")
+        return self.freeze_first
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train.
+
+    Args:
+        steps: optimizer steps.
+        batch_size: rows a step.
+        micro_batches: into how many parts each batch is split, to save memory; the result is the same.
+        learning_rate: of AdamW, at the first step; it falls linearly to zero.
+        max_length: tokens that a row may have.
+        held_out_fraction: the share of the rows set aside to measure progress, at most 64 rows; unused where held-out
+            rows are given.
+        evaluate_every: steps between two evaluations on the held-out rows.
+        patience: evaluations without improvement after which training stops. The best prefix is kept.
+        checkpoint_every: steps between two checkpoints.
+        seed: fixes the order of the rows and every random number.
+        skip_bad_rows: leave bad rows out and count them, instead of an error.
+        tracker: a tracker of Accelerate's, such as `tensorboard` or `wandb`, to log to as well.
+    """
+
+    steps: int = 200
+    batch_size: int = 4
+    micro_batches: int = 1
+    learning_rate: float = 3e-2
+    max_length: int = 1024
+    held_out_fraction: float = 0.1
+    evaluate_every: int = 25
+    patience: int = 4
+    checkpoint_every: int = 25
+    seed: int = 0
+    skip_bad_rows: bool = False
+    tracker: str | None = None
+
+    def __post_init__(self) -> None:
+        counts = (
+            "steps",
+            "batch_size",
+            "micro_batches",
+            "max_length",
+            "evaluate_every",
+            "patience",
+            "checkpoint_every",
+        )
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not self.learning_rate > 0:
+            raise ConfigError(f"learning_rate must be positive, got {self.learning_rate}.")
+        if not 0 <= self.held_out_fraction < 1:
+            raise ConfigError(f"held_out_fraction must be at least 0 and below 1, got {self.held_out_fraction}.")
