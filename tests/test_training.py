@@ -1,0 +1,201 @@
+"""Training: what is learned, what is left alone, and what survives an interruption."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROWS, make_model
+from torch.nn.functional import cross_entropy
+
+import foreword
+from foreword import PrefixConfig, TrainConfig, attach, train
+from foreword.data import collate, encode, read_rows
+from foreword.errors import ConfigError, DataError
+from foreword.fingerprint import digest
+from foreword.training import completion_loss
+
+QUICK = TrainConfig(steps=6, batch_size=4, evaluate_every=2, checkpoint_every=2)
+SMALL = PrefixConfig(num_virtual_tokens=4)
+
+
+def same(one: foreword.Prefix, other: foreword.Prefix) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_alone(model, tokenizer):
+    before, losses = digest(model), []
+    prefix = train(
+        model, tokenizer, ROWS, SMALL, TrainConfig(steps=40, batch_size=8), on_step=lambda p: losses.append(p.loss)
+    )
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert digest(model) == before
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert prefix.metadata["template"] == tokenizer.chat_template
+    assert prefix.metadata["training"]["rows"] + prefix.metadata["training"]["held_out_rows"] == len(ROWS)
+
+
+def test_loss_is_that_of_the_completion_tokens_alone(model, tokenizer):
+    examples, _ = encode(read_rows(ROWS)[0][:4], tokenizer, tokenizer.chat_template, 256)
+    summed = sum(
+        cross_entropy(model(torch.tensor([e.input_ids])).logits[0, e.prompt_length - 1 : -1].float(), torch.tensor(e.input_ids[e.prompt_length :]), reduction="sum")
+        for e in examples
+    )  # fmt: skip
+    torch.testing.assert_close(completion_loss(model, collate(examples)), summed)
+
+
+def test_first_virtual_token_from_text_stays_and_the_others_move(llama, tokenizer):
+    prefix = train(llama, tokenizer, ROWS, SMALL, QUICK)
+    free = train(llama, tokenizer, ROWS, PrefixConfig(4, freeze_first=False), QUICK)
+    for frozen, moved in zip(prefix.keys, free.keys, strict=True):
+        assert not torch.equal(frozen[0], moved[0])
+        assert not torch.equal(frozen[1], moved[1])
+    again = train(llama, tokenizer, ROWS, SMALL, TrainConfig(steps=1, batch_size=4, learning_rate=1e-9))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(prefix.keys, again.keys, strict=True))
+    assert not any(torch.equal(a[1], b[1]) for a, b in zip(prefix.keys, again.keys, strict=True))
+
+
+def test_micro_batches_change_nothing(llama, tokenizer):
+    whole, split = (
+        train(llama, tokenizer, ROWS, SMALL, TrainConfig(steps=3, batch_size=6, micro_batches=n)) for n in (1, 3)
+    )
+    for a, b in zip(whole.parameters(), split.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_reparameterization_starts_at_the_start_and_is_folded(llama, tokenizer):
+    config = PrefixConfig(4, reparameterization="mlp", mlp_width=8)
+    losses = {"none": [], "mlp": []}
+    for name, prefix_config in (("none", SMALL), ("mlp", config)):
+        train(llama, tokenizer, ROWS, prefix_config, QUICK, on_step=lambda p, n=name: losses[n].append(p.loss))
+    assert losses["mlp"][0] == pytest.approx(losses["none"][0])
+    assert losses["mlp"][-1] != losses["mlp"][0]
+    prefix = train(llama, tokenizer, ROWS, config, QUICK)
+    assert prefix.num_parameters == 4 * len(prefix.sites) * 2 * 2 * 8
+    with attach(llama, prefix):
+        pass
+
+
+def test_best_prefix_is_kept_and_training_stops_early(llama, tokenizer):
+    seen = []
+    config = TrainConfig(steps=200, batch_size=4, learning_rate=3.0, evaluate_every=1, patience=3)
+    prefix = train(llama, tokenizer, ROWS, SMALL, config, on_step=lambda p: seen.append(p.held_out_loss))
+    training = prefix.metadata["training"]
+    assert len(seen) == training["steps"] < 200
+    assert training["held_out_loss"] == min(seen)
+    assert training["best_step"] == seen.index(min(seen)) + 1
+    assert training["steps"] - training["best_step"] == 3
+
+
+def test_run_folder_holds_metrics_and_a_picture(llama, tokenizer, tmp_path):
+    train(llama, tokenizer, ROWS, SMALL, QUICK, run=tmp_path / "a.run")
+    metrics = [json.loads(line) for line in (tmp_path / "a.run/metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
+    assert [m["step"] for m in metrics if "held_out_loss" in m] == [2, 4, 6]
+    assert all({"loss", "learning_rate", "tokens_per_second"} <= m.keys() for m in metrics)
+    assert (tmp_path / "a.run/loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_run_is_never_overwritten_or_mixed_up(llama, tokenizer, tmp_path):
+    run = tmp_path / "a.run"
+    with pytest.raises(ConfigError, match="no run to resume"):
+        train(llama, tokenizer, ROWS, SMALL, QUICK, run=run, resume=True)
+    first = train(llama, tokenizer, ROWS, SMALL, QUICK, run=run)
+    with pytest.raises(ConfigError, match="holds an earlier run"):
+        train(llama, tokenizer, ROWS, SMALL, QUICK, run=run)
+    with pytest.raises(ConfigError, match="started differently: train"):
+        train(llama, tokenizer, ROWS, SMALL, TrainConfig(steps=7), run=run, resume=True)
+    with pytest.raises(ConfigError, match="started differently: data"):
+        train(llama, tokenizer, ROWS[1:], SMALL, QUICK, run=run, resume=True)
+    assert same(train(llama, tokenizer, ROWS, SMALL, QUICK, run=run, resume=True), first)
+    assert same(train(llama, tokenizer, ROWS, SMALL, QUICK, run=run, overwrite=True), first)
+
+
+@pytest.mark.parametrize("reparameterization", ["none", "mlp"])
+def test_interrupted_run_resumes_to_the_same_prefix(llama, tokenizer, tmp_path, reparameterization):
+    config = PrefixConfig(4, reparameterization=reparameterization, mlp_width=8)
+    whole = train(llama, tokenizer, ROWS, config, QUICK, run=tmp_path / "whole.run")
+
+    def interrupt(progress) -> None:
+        if progress.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(llama, tokenizer, ROWS, config, QUICK, run=tmp_path / "cut.run", on_step=interrupt)
+    torch.manual_seed(12345)
+    resumed = train(llama, tokenizer, ROWS, config, QUICK, run=tmp_path / "cut.run", resume=True)
+    assert same(whole, resumed)
+    whole_losses, losses = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole.run", "cut.run")
+    )
+    assert losses == whole_losses
+
+
+def test_killed_run_resumes_to_the_same_prefix(model_folder, rows_file, tmp_path):
+    def command(out: str, *more: str) -> list[str]:
+        flags = (
+            "--virtual-tokens 4 --steps 12 --batch-size 4 --evaluate-every 4 --checkpoint-every 2 --precision float32"
+        )
+        where = ["--model", str(model_folder), "--data", str(rows_file), "--out", str(tmp_path / out)]
+        return [sys.executable, "-m", "foreword.cli", "train", *where, *flags.split(), *more]
+
+    subprocess.run(command("whole.safetensors"), check=True, capture_output=True)
+    running = subprocess.Popen(command("cut.safetensors"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert running.stderr is not None
+    assert any("step 4/12" in line for line in running.stderr)
+    running.kill()
+    assert running.wait() == -signal.SIGKILL
+    running.stderr.close()
+    assert not (tmp_path / "cut.safetensors").exists()
+    subprocess.run(command("cut.safetensors", "--resume"), check=True, capture_output=True)
+    whole, resumed = (foreword.load(tmp_path / name) for name in ("whole.safetensors", "cut.safetensors"))
+    assert same(whole, resumed)
+
+
+def test_two_processes_give_the_prefix_of_one(model_folder, rows_file, tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import sys, foreword, transformers\n"
+        "from foreword import PrefixConfig, TrainConfig\n"
+        "base = foreword.load_base(sys.argv[1], precision='float32', device='cpu')\n"
+        "config = TrainConfig(steps=4, batch_size=4, evaluate_every=2)\n"
+        "prefix = foreword.train(base.model, base.tokenizer, sys.argv[2], PrefixConfig(4), config, run=sys.argv[3] + '.run')\n"
+        "import accelerate\n"
+        "if accelerate.PartialState().is_main_process: foreword.save(prefix, sys.argv[3] + '.safetensors')\n"
+    )
+    arguments = [str(script), str(model_folder), str(rows_file)]
+    subprocess.run([sys.executable, *arguments, str(tmp_path / "one")], check=True, capture_output=True)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launch, *arguments, str(tmp_path / "two")], check=True, capture_output=True)
+    one, two = (foreword.load(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_held_out_rows_can_be_given(llama, tokenizer):
+    prefix = train(llama, tokenizer, ROWS[:20], SMALL, QUICK, held_out=ROWS[20:])
+    assert (prefix.metadata["training"]["rows"], prefix.metadata["training"]["held_out_rows"]) == (20, 4)
+    last = train(llama, tokenizer, ROWS, SMALL, TrainConfig(steps=2, held_out_fraction=0))
+    assert last.metadata["training"]["held_out_loss"] is None
+
+
+def test_mistakes_are_found_before_training(llama, tokenizer, tmp_path):
+    with pytest.raises(DataError, match="row 2: 40[0-9] tokens, more than max_length=256"):
+        gpt2 = make_model("gpt2", n_positions=260)
+        train(gpt2, tokenizer, [ROWS[0], {"prompt": "x" * 380, "completion": "y"}], SMALL)
+    with pytest.raises(ConfigError, match="tracker 'nosuch'"):
+        train(llama, tokenizer, ROWS, SMALL, TrainConfig(tracker="nosuch"))
+    with pytest.raises(ConfigError, match="learning_rate must be positive"):
+        TrainConfig(learning_rate=0)
+    with pytest.raises(ConfigError, match="Lower the learning rate"):
+        train(llama, tokenizer, ROWS, SMALL, TrainConfig(steps=9, learning_rate=1e30))
+
+
+def test_tracker_gets_the_metrics(llama, tokenizer, tmp_path):
+    train(llama, tokenizer, ROWS, SMALL, TrainConfig(steps=2, tracker="tensorboard"), run=tmp_path / "a.run")
+    assert list(Path(tmp_path / "a.run").rglob("events.out.tfevents.*"))
