@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ _NAME, _HANDLER = "foreword_", "_foreword_handler"
 _SUPPORTED = ("sdpa", "eager")
 
 
+@runtime_checkable
 class PrefixSource(Protocol):
     """What can be attached: a `Prefix`, or anything in training that yields one's tensors."""
 
@@ -271,7 +272,7 @@ def _entry(model: PreTrainedModel, sites: list[str]) -> str:
 # -------------------------------------------------------------------------------------------------------- attaching
 
 
-def attach(model: PreTrainedModel, prefix: "PrefixSource | Sequence[PrefixSource | None]") -> "Attachment":
+def attach(model: PreTrainedModel, prefix: PrefixSource | Sequence[PrefixSource | None]) -> "Attachment":
     """Let every attention layer of `model` see `prefix` before the real tokens.
 
     The model object stays the same: call it, generate with it, train through it as before. Use the result in a `with`
@@ -306,7 +307,7 @@ def attach(model: PreTrainedModel, prefix: "PrefixSource | Sequence[PrefixSource
 class Attachment:
     """The tie between a model and its prefixes. Made by `attach`."""
 
-    def __init__(self, model: PreTrainedModel, prefix: "PrefixSource | Sequence[PrefixSource | None]") -> None:
+    def __init__(self, model: PreTrainedModel, prefix: PrefixSource | Sequence[PrefixSource | None]) -> None:
         self.model = model
         self._anatomy = _anatomy(model)
         self._parts: list[list[PrefixPart]] = []
@@ -319,7 +320,7 @@ class Attachment:
         hook = entry.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self._undo: Callable[[], None] | None = lambda: (hook.remove(), undo())[1]
 
-    def use(self, prefix: "PrefixSource | Sequence[PrefixSource | None]") -> None:
+    def use(self, prefix: PrefixSource | Sequence[PrefixSource | None]) -> None:
         """From the next forward pass on, see this prefix, or these: one prefix or `None` for each row."""
         rows = list(prefix) if isinstance(prefix, Sequence) else [prefix]
         if not rows:

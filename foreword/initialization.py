@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .attention import AttentionCall, attention_sites, entry_module, intercept, takes_positions
+from .attention import AttentionCall, attention_sites, entry_module, intercept, position_limit, takes_positions
 from .config import PrefixConfig
 from .data import Example
-from .errors import ConfigError
+from .errors import ConfigError, PositionError
 from .fingerprint import fingerprint
 from .kernels import PrefixPart, concatenate, extend_mask
 from .prefix import Prefix, SiteTensors
@@ -81,7 +81,8 @@ def text_prefix(model: PreTrainedModel, input_ids: Sequence[int]) -> Prefix:
 def random_prefix(model: PreTrainedModel, num_virtual_tokens: int, seed: int = 0) -> Prefix:
     """Keys and values drawn from normal distributions with the mean and spread of the model's own, per head and dim."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(model.get_input_embeddings().weight.shape[0], (_RANDOM_TOKENS,), generator=generator)
+    length = min(_RANDOM_TOKENS, position_limit(model) or _RANDOM_TOKENS)
+    ids = torch.randint(model.get_input_embeddings().weight.shape[0], (length,), generator=generator)
 
     def draw(own: Float[Tensor, "G S D"]) -> Float[Tensor, "P G D"]:
         own = own.float().cpu()
@@ -198,6 +199,12 @@ def _observe(
     options = {}
     if takes_positions(model):
         positions = position if isinstance(position, Tensor) else torch.arange(input_ids.shape[1]) + position
+        limit = position_limit(model)
+        if limit is not None and int(positions.max()) >= limit:
+            raise PositionError(
+                f"The text that the prefix should start from needs position {int(positions.max())}, but "
+                f"{type(model).__name__} has learned positions up to {limit - 1}. Use fewer or shorter demonstrations."
+            )
         options["position_ids"] = positions.to(input_ids.device).expand_as(input_ids)
     training = model.training
     model.eval()

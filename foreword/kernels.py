@@ -179,8 +179,8 @@ class _Merged(torch.autograd.Function):
         return grad_query, grad_key, grad_value, None, None, None, None, *grads
 
 
-def _parts(tensors: Sequence[Tensor], rows: Sequence[Tensor | None]) -> list[PrefixPart]:
-    return [PrefixPart(*tensors[3 * i : 3 * i + 3], rows=r) for i, r in enumerate(rows)]
+def _parts(tensors: Sequence[Tensor | None], rows: Sequence[Tensor | None]) -> list[PrefixPart]:
+    return [PrefixPart(*tensors[3 * i : 3 * i + 3], rows=r) for i, r in enumerate(rows)]  # pyright: ignore[reportArgumentType]
 
 
 def _take(tensor: Tensor, rows: Tensor | None) -> Tensor:

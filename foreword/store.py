@@ -131,13 +131,13 @@ def read_header(path: str | Path) -> dict[str, Any]:
         PrefixFileError: as `load`, for what the header can show.
     """
     path = Path(path)
+    if path.is_dir():
+        raise PrefixFileError(f"{path}: a folder. Expected a prefix file (*{_SUFFIX}).")
     try:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(_ENTRY)
     except FileNotFoundError:
         raise PrefixFileError(f"{path}: no such file.") from None
-    except IsADirectoryError:
-        raise PrefixFileError(f"{path}: a folder. Expected a prefix file (*{_SUFFIX}).") from None
     except (SafetensorError, OSError) as error:
         size = path.stat().st_size if path.exists() else 0
         raise PrefixFileError(
@@ -178,13 +178,13 @@ class PrefixStore(Mapping[str, Prefix]):
         return load(self.path(name))
 
     def __contains__(self, name: object) -> bool:
-        return name in list(self)
+        return any(name == known for known in self)
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(path.stem for path in self.folder.glob(f"*{_SUFFIX}")))
 
     def __len__(self) -> int:
-        return len(list(self))
+        return sum(1 for _ in self)
 
     def __setitem__(self, name: str, prefix: Prefix) -> None:
         save(prefix, self.path(name))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import ROWS, make_model
+from tiny import ROWS, make_model
 
 import foreword
 from foreword import cli
@@ -203,7 +203,7 @@ def test_data_mistakes_leave_nothing_behind(run, quick):
 
 
 def test_prefix_of_another_base_is_refused(run, trained, tmp_path):
-    from conftest import make_tokenizer
+    from tiny import make_tokenizer
 
     make_model("llama", seed=3).save_pretrained(tmp_path / "other")
     make_tokenizer().save_pretrained(tmp_path / "other")

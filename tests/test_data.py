@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from conftest import ROWS, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import ROWS, make_tokenizer
 
 from foreword.data import IGNORED, collate, encode, prompt_ids, read_rows, schedule
 from foreword.errors import DataError

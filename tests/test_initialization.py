@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ROWS, make_model
+from tiny import ROWS, make_model
 
 from foreword import PrefixConfig, attach
 from foreword.data import encode, read_rows

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROWS, make_model
+from tiny import ROWS, make_model
 from torch.nn.functional import cross_entropy
 
 import foreword
