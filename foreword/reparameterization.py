@@ -25,11 +25,12 @@ class Reparameterization(nn.Module):
     Args:
         start: the prefix to start from; step 0 yields it exactly.
         config: `freezes_first` keeps row 0 as it is; `reparameterization` chooses the parameters.
+        seed: for the random numbers that an MLP starts from.
     """
 
     start: Float[Tensor, "P F"]
 
-    def __init__(self, start: Prefix, config: PrefixConfig) -> None:
+    def __init__(self, start: Prefix, config: PrefixConfig, seed: int = 0) -> None:
         super().__init__()
         self.sites, self.position_offset, self.base = start.sites, start.position_offset, start.base
         self.metadata = start.metadata
@@ -42,11 +43,14 @@ class Reparameterization(nn.Module):
         self.mlp: nn.Sequential | None = None
         if config.reparameterization == "mlp":
             width = config.mlp_width
-            self.embedding = nn.Parameter(torch.randn(len(trained), width) * 0.02)
-            last = nn.Linear(width, trained.shape[1])
+            with torch.random.fork_rng(devices=()):
+                torch.manual_seed(seed)
+                self.embedding = nn.Parameter(torch.randn(len(trained), width) * 0.02)
+                hidden = nn.Linear(width, width)
+            last = nn.utils.skip_init(nn.Linear, width, trained.shape[1])
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
-            self.mlp = nn.Sequential(nn.Linear(width, width), nn.Tanh(), last)
+            self.mlp = nn.Sequential(hidden, nn.Tanh(), last)
         else:
             self.rows = nn.Parameter(trained.clone())
 

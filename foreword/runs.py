@@ -92,12 +92,12 @@ class RunFolder:
 
     # metrics
 
-    def log(self, values: dict[str, float]) -> None:
+    def log(self, values: dict[str, int | float]) -> None:
         """Append one line to metrics.jsonl."""
         with self._metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
-    def metrics(self) -> list[dict[str, float]]:
+    def metrics(self) -> list[dict[str, Any]]:
         """All whole lines of metrics.jsonl; a run that was killed may have left half a line."""
         if not self._metrics_file.exists():
             return []

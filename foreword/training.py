@@ -101,7 +101,7 @@ def train(
         raise ConfigError("resume needs the run folder of the run to go on with.")
     with _frozen(model):
         start = _start(model, tokenizer, rows, prefix, config, folder)
-        trainer = _Trainer(model, Reparameterization(start, prefix), config, accelerator, folder)
+        trainer = _Trainer(model, Reparameterization(start, prefix, config.seed), config, accelerator, folder)
         seconds = trainer.run(rows, held_out_rows, on_step)
     result = trainer.best()
     result.metadata |= {

@@ -1,11 +1,14 @@
 """Shapes enforced in every annotated function, and what the tests share."""
 
-from jaxtyping import install_import_hook
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
+
+from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("foreword", "beartype.beartype")
 
 import json  # noqa: E402
-import os  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
@@ -13,7 +16,6 @@ import transformers  # noqa: E402
 from tiny import FAMILIES, ROWS, make_model, make_tokenizer  # noqa: E402
 from transformers import PreTrainedModel, PreTrainedTokenizerFast  # noqa: E402
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 transformers.logging.disable_progress_bar()
 
 
