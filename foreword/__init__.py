@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attention import attach, attention_sites
+    from .attachment import attach
+    from .attention import attention_sites
     from .config import PrefixConfig, TrainConfig
     from .errors import ForewordError
     from .evaluation import evaluate
@@ -41,7 +42,7 @@ _HOME = {
     "PrefixConfig": "config",
     "PrefixStore": "store",
     "TrainConfig": "config",
-    "attach": "attention",
+    "attach": "attachment",
     "attention_sites": "attention",
     "evaluate": "evaluation",
     "load": "store",

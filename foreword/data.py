@@ -156,11 +156,12 @@ def _from_csv(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _from_datasets(name: str, **options: Any) -> Iterator[tuple[str, Any]]:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     name, _, split = name.partition(":")
     try:
         loaded = datasets.load_dataset(name, split=split or "train", **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise DataError(
             f"{options.get('data_files', name)}: cannot be loaded by the datasets library: {error}"
         ) from None
@@ -242,14 +243,15 @@ def encode(
     Raises:
         DataError: a row has more than `max_length` tokens (unless `skip_bad`), or the tokenizer cannot end a text.
     """
-    if tokenizer.eos_token_id is None:
+    end: Any = tokenizer.eos_token_id
+    if end is None:
         raise DataError(f"{type(tokenizer).__name__} has no end-of-sequence token, so no completion could ever end.")
     examples, bad = [], []
     for row in rows:
         prompt = prompt_ids(row, tokenizer, template)
         ids = prompt + _tokenize(tokenizer, _completion_text(row, tokenizer, template), special=False)
-        if ids[-1] != tokenizer.eos_token_id:
-            ids.append(tokenizer.eos_token_id)
+        if ids[-1] != end:
+            ids.append(end)
         if len(ids) <= max_length:
             examples.append(Example(tuple(ids), len(prompt), row.source))
             continue
@@ -295,8 +297,9 @@ def _completion_text(row: Row, tokenizer: PreTrainedTokenizerBase, template: str
     whole = _render(tokenizer, template, [*row.messages, {"role": "assistant", "content": completion}], reply=False)
     if not whole.startswith(prompt):  # a template that rewrites earlier turns: the completion as it is
         return completion
-    end = whole.find(tokenizer.eos_token, len(prompt) + len(completion.rstrip()))
-    return whole[len(prompt) :] if end < 0 else whole[len(prompt) : end + len(tokenizer.eos_token)]
+    end_token = str(tokenizer.eos_token)
+    end = whole.find(end_token, len(prompt) + len(completion.rstrip()))
+    return whole[len(prompt) :] if end < 0 else whole[len(prompt) : end + len(end_token)]
 
 
 # ---------------------------------------------------------------------------------------------------------- batching

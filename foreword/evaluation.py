@@ -3,12 +3,12 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .attention import attach
+from .attachment import attach
 from .data import Data, Row, prompt_ids, read_rows
 from .errors import ConfigError
 from .initialization import text_prefix
@@ -56,7 +56,7 @@ def evaluate(
     Args:
         model: the base model.
         tokenizer: its tokenizer.
-        data: rows with completions or references: see `read_rows`.
+        data: rows with completions or references; a file, a data set's name, or dictionaries (see `data.read_rows`).
         prefix: the prefix to measure.
         compare: `base`: the model alone; `demonstrations`: the model with the demonstrations that the prefix started
             from in front of every prompt (few-shot prompting).
@@ -71,9 +71,6 @@ def evaluate(
     """
     if unknown := set(compare) - {"base", "demonstrations"}:
         raise ConfigError(f"compare with base or demonstrations, got {', '.join(sorted(unknown))}.")
-    shown = prefix.metadata.get("demonstrations")
-    if "demonstrations" in compare and not shown:
-        raise ConfigError("This prefix did not start from demonstrations: compare with base only.")
     rows, _ = read_rows(data, skip_bad=skip_bad_rows)
     if max_new_tokens is None:
         longest = max(len(tokenizer(text)["input_ids"]) for row in rows for text in row.answers)
@@ -81,7 +78,11 @@ def evaluate(
     contestants: dict[str, Prefix | None] = {"prefix": prefix}
     if "base" in compare:
         contestants["base"] = None
-    if "demonstrations" in compare:  # the prefix made of a text equals having the text in the prompt, and is quicker
+    if "demonstrations" in compare:
+        shown = prefix.metadata.get("demonstrations")
+        if not shown:
+            raise ConfigError("This prefix did not start from demonstrations: compare with base only.")
+        # The prefix made of a text equals having the text in front of every prompt, and is quicker.
         contestants["demonstrations"] = text_prefix(model, shown)
     texts = answer(
         model,
@@ -116,7 +117,7 @@ def answer(
         generation: further options of `generate`, for example `do_sample=True, temperature=0.7`. Greedy by default.
     """
     if templates is None:
-        own = tokenizer.chat_template
+        own: Any = tokenizer.chat_template
         templates = [own if p is None else p.metadata.get("template", own) for p in prefixes]
     prompts = [prompt_ids(r, tokenizer, t) for r, t in zip(rows, templates, strict=True)]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -135,7 +136,7 @@ def answer(
         ids = torch.tensor([[pad] * (longest - len(prompts[i])) + prompts[i] for i in chosen], device=model.device)
         mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen]).to(ids.device)
         with attach(model, [prefixes[i] for i in chosen]), torch.inference_mode():
-            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            output = cast(Any, model).generate(input_ids=ids, attention_mask=mask, generation_config=settings)
         texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
         for i, text in zip(chosen, texts, strict=True):
             answers[i] = text.strip()
@@ -162,7 +163,7 @@ def measure(answers: Sequence[str], rows: Sequence[Row]) -> dict[str, float]:
     exact = [any(_squeezed(text) == _squeezed(right) for right in rights) for text, rights in pairs]
     rouge = [max(scorer.score(right, text)["rougeL"].fmeasure for right in rights) for text, rights in pairs]
     most = max(len(row.answers) for row in rows)
-    references = [[row.answers[k] if k < len(row.answers) else None for row in rows] for k in range(most)]
+    references: Any = [[row.answers[k] if k < len(row.answers) else None for row in rows] for k in range(most)]
     bleu = sacrebleu.corpus_bleu(list(answers), references, lowercase=True).score
     return {
         "exact_match": round(100 * sum(exact) / len(rows), 2),

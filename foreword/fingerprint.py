@@ -24,12 +24,13 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     Weights that are quantized or not in memory are left out. The sample survives a change of precision; a fine-tuned
     copy of the model does not match.
     """
-    config = {
+    config: Any = model.config
+    architecture = {
         key: value
-        for key, value in model.config.to_dict().items()
+        for key, value in config.to_dict().items()
         if key.lstrip("_") not in _VOLATILE and not key.endswith("_token_id") and value is not None
     }
-    return {"architecture": config, "weights": _sample(model)}
+    return {"architecture": architecture, "weights": _sample(model)}
 
 
 def check_fingerprint(expected: dict[str, Any], model: nn.Module, name: str) -> None:

@@ -5,7 +5,7 @@ family computes its keys or rotates them. S text tokens, T tokens of a further r
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -82,7 +82,8 @@ def random_prefix(model: PreTrainedModel, num_virtual_tokens: int, seed: int = 0
     """Keys and values drawn from normal distributions with the mean and spread of the model's own, per head and dim."""
     generator = torch.Generator().manual_seed(seed)
     length = min(_RANDOM_TOKENS, position_limit(model) or _RANDOM_TOKENS)
-    ids = torch.randint(model.get_input_embeddings().weight.shape[0], (length,), generator=generator)
+    embedding: Any = model.get_input_embeddings()
+    ids = torch.randint(embedding.weight.shape[0], (length,), generator=generator)
 
     def draw(own: Float[Tensor, "G S D"]) -> Float[Tensor, "P G D"]:
         own = own.float().cpu()

@@ -138,7 +138,7 @@ class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, mask, is_causal, scale, rows, *tensors):
         output, lse, context = _tokens_forward(query, key, value, mask, is_causal, scale)
-        lse = lse.to(torch.promote_types(torch.float32, query.dtype))
+        lse = lse.to(_lse_dtype(query))
         parts = _parts(tensors, rows)
         partial = []
         for part in parts:
@@ -161,7 +161,7 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]  # how autograd calls it
         query, key, value, mask, output, lse, *tensors = ctx.saved_tensors
         grad_query, grad_key, grad_value = _tokens_backward(
             grad, query, key, value, output, lse, mask, ctx.is_causal, ctx.scale, ctx.context
@@ -169,9 +169,8 @@ class _Merged(torch.autograd.Function):
         delta = (grad.to(lse.dtype) * output).sum(-1)
         grads = []
         for part in _parts(tensors, ctx.rows):
-            part_query, *part_grads = _prefix_backward(
-                *(_take(t, part.rows) for t in (grad, query, lse, delta)), part, ctx.scale
-            )
+            own_grad, own_query, own_lse, own_delta = (_take(t, part.rows) for t in (grad, query, lse, delta))
+            part_query, *part_grads = _prefix_backward(own_grad, own_query, own_lse, own_delta, part, ctx.scale)
             grad_query = (
                 grad_query + part_query if part.rows is None else grad_query.index_add(0, part.rows, part_query)
             )

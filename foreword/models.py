@@ -78,7 +78,7 @@ def load_base(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     except (OSError, ValueError, KeyError) as error:
         known = ", ".join(ALIASES)
         raise ConfigError(
@@ -103,7 +103,7 @@ def _converted(alias: str) -> Path:
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=packaged.file, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=packaged.file)
     # A model loaded from GGUF counts as quantized and refuses to be saved: give its weights to a plain one.
-    config = model.config
+    config: Any = model.config
     del config.quantization_config
     plain = type(model)(config)
     plain.load_state_dict(model.state_dict())

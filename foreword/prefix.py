@@ -1,6 +1,6 @@
 """A prefix is data: key and value vectors for every attention site of a model. No Transformers here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -35,6 +35,10 @@ class SiteTensors(NamedTuple):
     value: Float[Tensor, "P G E"]
     gate: Float[Tensor, "P G"] | None = None
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "SiteTensors":
+        """`change` applied to each tensor."""
+        return SiteTensors(change(self.key), change(self.value), None if self.gate is None else change(self.gate))
+
 
 class Prefix(nn.Module):
     """Keys and values for every attention site of one base model.
@@ -63,7 +67,7 @@ class Prefix(nn.Module):
     def __init__(
         self,
         sites: Sequence[AttentionSite],
-        tensors: Sequence[SiteTensors | tuple[Tensor, ...]],
+        tensors: Sequence[SiteTensors | tuple[Tensor, Tensor]],
         *,
         position_offset: int,
         base: dict[str, Any] | None = None,
@@ -74,7 +78,7 @@ class Prefix(nn.Module):
         self.position_offset = position_offset
         self.base = dict(base or {})
         self.metadata = dict(metadata or {})
-        site_tensors = [SiteTensors(*entry) for entry in tensors]
+        site_tensors = [entry if isinstance(entry, SiteTensors) else SiteTensors(*entry) for entry in tensors]
         self._check(site_tensors)
         self.num_virtual_tokens = len(site_tensors[0].key)
         self.keys = nn.ParameterList([t.key for t in site_tensors])

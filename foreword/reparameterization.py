@@ -46,8 +46,7 @@ class Reparameterization(nn.Module):
             with torch.random.fork_rng(devices=()):
                 torch.manual_seed(seed)
                 self.embedding = nn.Parameter(torch.randn(len(trained), width) * 0.02)
-                hidden = nn.Linear(width, width)
-            last = nn.utils.skip_init(nn.Linear, width, trained.shape[1])
+                hidden, last = nn.Linear(width, width), nn.Linear(width, trained.shape[1])
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
             self.mlp = nn.Sequential(hidden, nn.Tanh(), last)
@@ -84,7 +83,7 @@ class Reparameterization(nn.Module):
             tensors = self._split((self.matrix() if matrix is None else matrix).detach().cpu().clone())
             return Prefix(
                 self.sites,
-                [SiteTensors(*(None if t is None else t.contiguous() for t in entry)) for entry in tensors],
+                [entry.map(Tensor.contiguous) for entry in tensors],
                 position_offset=self.position_offset,
                 base=self.base,
                 metadata=self.metadata,

@@ -73,7 +73,7 @@ class RunFolder:
 
     # checkpoints
 
-    def save_checkpoint(self, step: int, write: Callable[[str], None]) -> None:
+    def save_checkpoint(self, step: int, write: Callable[[str], object]) -> None:
         """`write` fills a folder; it becomes the newest checkpoint, and older ones are deleted."""
         aside = self._checkpoints / "writing"
         shutil.rmtree(aside, ignore_errors=True)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .attention import attach, position_limit
+from .attachment import attach
+from .attention import position_limit
 from .config import PrefixConfig, TrainConfig
 from .data import IGNORED, Batch, Data, Example, collate, encode, read_rows, schedule
 from .errors import ConfigError, DataError
@@ -65,7 +66,7 @@ def train(
     Args:
         model: a causal language model.
         tokenizer: its tokenizer. Its chat template, if it has one, is applied and kept with the prefix.
-        data: a file, a data set's name, or dictionaries: see `read_rows`.
+        data: a file, a data set's name, or dictionaries (see `data.read_rows`).
         prefix: the prefix to make.
         config: how to train.
         held_out: rows to measure progress on; by default some are set aside from `data`.
@@ -138,7 +139,8 @@ def _examples(
 
     def read(source: Any) -> tuple[list[Example], int]:
         rows, bad = read_rows(source, skip_bad=config.skip_bad_rows)
-        examples, long = encode(rows, tokenizer, tokenizer.chat_template, max_length, config.skip_bad_rows)
+        template: Any = tokenizer.chat_template
+        examples, long = encode(rows, tokenizer, template, max_length, config.skip_bad_rows)
         return examples, len(bad) + len(long)
 
     examples, skipped = read(data)
@@ -314,7 +316,7 @@ class _Trainer:
             state.evaluations_since_best += 1
 
     def _sum(self, tensor: Tensor) -> Tensor:
-        return self.accelerator.reduce(tensor, "sum")
+        return cast(Tensor, self.accelerator.reduce(tensor, "sum"))
 
     def _log(self, progress: Progress) -> None:
         values = {key: value for key, value in progress._asdict().items() if value is not None}
@@ -328,8 +330,7 @@ class _Trainer:
             self.folder.save_checkpoint(self.state.step, self.accelerator.save_state)
 
     def _load(self) -> None:
-        newest = self.folder.newest_checkpoint() if self.folder is not None else None
-        if newest is not None:
+        if self.folder is not None and (newest := self.folder.newest_checkpoint()) is not None:
             self.accelerator.load_state(str(newest))
             self.folder.rewind(self.state.step)
 

@@ -3,12 +3,11 @@
 import copy
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import FAMILIES, make_model
+from tiny import FAMILIES, gradients_of, make_model
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -30,10 +29,10 @@ TIGHT = {"rtol": 1e-9, "atol": 1e-9}
 
 
 @pytest.fixture(params=["merged", "reference", "eager"], autouse=True)
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Merged kernels; concatenation in front of sdpa; concatenation in front of the model's own eager attention."""
     if request.param == "reference":
-        monkeypatch.setattr("foreword.attention.has_token_kernel", lambda *_: False)
+        monkeypatch.setattr("foreword.attachment.has_token_kernel", lambda *_: False)
     return request.param
 
 
@@ -188,7 +187,7 @@ def test_mixed_rows_get_the_gradients_of_each_row_alone(model, exact):
         three.zero_grad()
         five.zero_grad()
         run()
-        return [p.grad.clone() for p in (*three.parameters(), *five.parameters())]
+        return gradients_of(three) + gradients_of(five)
 
     with attach(model, [three, five, three]) as attachment:
         mixed = gradients(lambda: model(input_ids=ids).logits.pow(2).sum().backward())
@@ -210,7 +209,7 @@ def test_gradient_checkpointing_changes_nothing(model, exact):
         prefix.zero_grad()
         with attach(model, prefix):
             model(input_ids=ids, use_cache=False).logits.pow(2).mean().backward()
-        return [p.grad.clone() for p in prefix.parameters()]
+        return gradients_of(prefix)
 
     plain = gradients()
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -261,7 +260,7 @@ def test_what_cannot_be_attached_says_why(llama):
     prefix = random_prefix(llama, 3)
     with pytest.raises(UnsupportedModelError, match="BloomForCausalLM does not call its attention through"):
         attach(BloomForCausalLM(BloomConfig(vocab_size=99, hidden_size=32, n_layer=1, n_head=2)), prefix)
-    t5 = T5Config(vocab_size=99, d_model=32, d_ff=32, d_kv=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    t5 = T5Config(vocab_size=99, d_model=32, d_ff=32, d_kv=8, num_layers=1, num_heads=2)
     with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
         attach(T5ForConditionalGeneration(t5), prefix)
     with attach(llama, prefix), pytest.raises(ConfigError, match="already"):

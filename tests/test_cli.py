@@ -86,7 +86,9 @@ def test_config_file_has_the_same_fields_and_flags_win(run, quick, model_folder,
         ("a: b: c", "not YAML"),
     ):
         Path("job.yaml").write_text(content)
-        result = run("train", "--config", "job.yaml", "--model", model_folder, "--data", rows_file, "--out", "b.safetensors")
+        result = run(
+            "train", "--config", "job.yaml", "--model", model_folder, "--data", rows_file, "--out", "b.safetensors"
+        )
         assert result.code == 2
         assert told in result.err
 

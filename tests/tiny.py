@@ -3,6 +3,7 @@
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 _ROTARY = {
@@ -58,6 +59,13 @@ def make_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     )
     wrapped.chat_template = template
     return wrapped
+
+
+def gradients_of(module: nn.Module) -> list[Tensor]:
+    """A copy of the gradient of each parameter; all have one."""
+    gradients = [parameter.grad for parameter in module.parameters()]
+    assert not any(gradient is None for gradient in gradients)
+    return [gradient.clone() for gradient in gradients if gradient is not None]
 
 
 ROWS = [

@@ -1,0 +1,203 @@
+"""Attach prefixes to a model: shift its positions, lay the prefixes out over the rows, let each site attend to them."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .attention import AttentionCall, attention_sites, entry_module, install, position_limit, takes_positions
+from .errors import ConfigError, ModelMismatchError, PositionError
+from .fingerprint import check_fingerprint
+from .kernels import PrefixPart, concatenate, extend_mask, has_token_kernel, merged_attention
+from .prefix import AttentionSite, SiteTensors
+
+__all__ = ["Attachment", "PrefixSource", "attach"]
+
+
+@runtime_checkable
+class PrefixSource(Protocol):
+    """What can be attached: a `Prefix`, or anything in training that yields one's tensors."""
+
+    sites: tuple[AttentionSite, ...]
+    position_offset: int
+    base: dict[str, Any]
+
+    def tensors(self) -> list[SiteTensors]: ...
+
+
+def attach(model: PreTrainedModel, prefix: PrefixSource | Sequence[PrefixSource | None]) -> "Attachment":
+    """Let every attention layer of `model` see `prefix` before the real tokens.
+
+    The model object stays the same: call it, generate with it, train through it as before. Use the result in a `with`
+    statement, after which the model is itself again, or keep it and call `detach`.
+
+    Args:
+        model: a Transformers model.
+        prefix: one prefix for all rows, or a list with one prefix or `None` for each row of the batch. A batch k times
+            as long (beams, several return sequences) repeats each entry k times, as `generate` does. Swap prefixes
+            later with `Attachment.use`.
+
+    Without `position_ids`, rows are placed as their `attention_mask` says: the first real token of each row has
+    position `prefix.position_offset`, however the row is padded.
+
+    Raises:
+        ModelMismatchError: the prefix was made for another model.
+        UnsupportedModelError: the model cannot carry a prefix.
+        ConfigError: the model has prefixes attached already.
+
+    Example:
+        >>> import torch, foreword
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=2))
+        >>> prefix = foreword.text_prefix(model, input_ids=[7, 8, 9])
+        >>> ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+        >>> with foreword.attach(model, [prefix, None]):   # row 0 sees the prefix, row 1 does not
+        ...     logits = model(ids).logits
+    """
+    return Attachment(model, prefix)
+
+
+class Attachment:
+    """The tie between a model and its prefixes. Made by `attach`."""
+
+    def __init__(self, model: PreTrainedModel, prefix: PrefixSource | Sequence[PrefixSource | None]) -> None:
+        self.model = model
+        self._sites = attention_sites(model)
+        self._takes_positions = takes_positions(model)
+        self._limit = position_limit(model)
+        self._parts: list[list[PrefixPart]] = []
+        self._checked: set[int] = set()
+        self.use(prefix)
+        modules = [model.get_submodule(site.name) for site in self._sites]
+        undo = install(model, {m: partial(self._attend, i) for i, m in enumerate(modules)})
+        entry = entry_module(model)
+        self._parameters = list(inspect.signature(entry.forward).parameters)
+        hook = entry.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._undo: Callable[[], None] | None = lambda: (hook.remove(), undo())[1]
+
+    def use(self, prefix: PrefixSource | Sequence[PrefixSource | None]) -> None:
+        """From the next forward pass on, see this prefix, or these: one prefix or `None` for each row."""
+        rows = list(prefix) if isinstance(prefix, Sequence) else [prefix]
+        if not rows:
+            raise ConfigError("An empty list of prefixes: expected one prefix or None for each row of the batch.")
+        self._sources = list({id(source): source for source in rows if source is not None}.values())
+        for source in self._sources:
+            self._check(source)
+        number = {id(source): i for i, source in enumerate(self._sources)}
+        self._rows = [-1 if source is None else number[id(source)] for source in rows]
+        self._shared = not isinstance(prefix, Sequence)
+
+    def detach(self) -> None:
+        """Make the model itself again. May be called twice."""
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+
+    def __enter__(self) -> "Attachment":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.detach()
+
+    def _check(self, source: PrefixSource) -> None:
+        if id(source) in self._checked:
+            return
+        name = source.base.get("name", "another model")
+        known = {site.name: site for site in self._sites}
+        for site in source.sites:
+            if known.get(site.name) != site:
+                found = known.get(site.name, f"no such site among its {len(known)}")
+                raise ModelMismatchError(
+                    f"The prefix was made for {name} and has a site {site}, but {type(self.model).__name__} has {found}. "
+                    "Load the base that the prefix was trained on."
+                )
+        if "fingerprint" in source.base:
+            check_fingerprint(source.base["fingerprint"], self.model, name)
+        self._checked.add(id(source))
+
+    # What happens in a forward pass: positions are shifted and prefixes laid out once, then each site attends.
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        given = dict(zip(self._parameters, args, strict=False)) | kwargs
+        tokens: Tensor = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+        batch, length = tokens.shape[:2]
+        if self._shared:
+            rows = None
+        elif batch % len(self._rows):
+            raise ConfigError(
+                f"{len(self._rows)} prefixes for a batch of {batch} rows: give one prefix or None for each row "
+                "(generate with k beams or return sequences repeats each entry k times)."
+            )
+        else:
+            rows = torch.tensor(self._rows, device=tokens.device).repeat_interleave(batch // len(self._rows))
+        self._lay_out(rows)
+        if not self._takes_positions:
+            return args, kwargs
+        offsets = [source.position_offset for source in self._sources]
+        offset = offsets[0] if rows is None else torch.tensor([*offsets, 0], device=tokens.device)[rows][:, None]
+        positions = given.get("position_ids")
+        if positions is None:
+            positions = _positions(given, length, tokens.device)
+        positions = positions + offset
+        limit = self._limit
+        if limit is not None and int(positions.max()) >= limit:
+            raise PositionError(
+                f"Prefix and text need position {int(positions.max())}, but {type(self.model).__name__} has learned "
+                f"positions up to {limit - 1}. Shorten the text to {limit - max(offsets)} tokens or the prefix."
+            )
+        where = self._parameters.index("position_ids")
+        if where < len(args):
+            return (*args[:where], positions, *args[where + 1 :]), kwargs
+        return args, kwargs | {"position_ids": positions}
+
+    def _lay_out(self, rows: Tensor | None) -> None:
+        """Fill `_parts`: for each site of the model the prefixes that its queries see."""
+        self._parts = [[] for _ in self._sites]
+        index = {site.name: i for i, site in enumerate(self._sites)}
+        for number, source in enumerate(self._sources):
+            own = None if rows is None else (rows == number).nonzero().squeeze(-1)
+            for site, (key, value, gate) in zip(source.sites, source.tensors(), strict=True):
+                bias = None if gate is None else gate.log()
+                self._parts[index[site.name]].append(PrefixPart(key, value, bias, own))
+
+    def _attend(self, index: int, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        query, options = call.query, call.options
+        parts = [
+            PrefixPart(
+                key.to(query.device, query.dtype),
+                value.to(query.device, query.dtype),
+                None if bias is None else bias.to(query.device),
+                rows,
+            )
+            for key, value, bias, rows in self._parts[index]
+        ]
+        if not parts:
+            return call.run()
+        plain = call.implementation == "sdpa" and not options.get("dropout")
+        plain = plain and all(options.get(name) is None for name in ("position_bias", "softcap", "s_aux", "cache"))
+        square = not call.is_causal or query.shape[2] == call.key.shape[2]
+        if plain and square and has_token_kernel(query, call.value, call.mask):
+            scale = options.get("scaling") or query.shape[-1] ** -0.5
+            output = merged_attention(
+                query, call.key, call.value, parts, scale=scale, mask=call.mask, is_causal=call.is_causal
+            )
+            return output.transpose(1, 2).contiguous(), None
+        key, value, bias = concatenate(call.key, call.value, parts)
+        new = key.shape[2] - call.key.shape[2]
+        mask = extend_mask(call.mask, bias, query, call.key.shape[2], new, call.is_causal)
+        return call.run(key=key, value=value, mask=mask)
+
+
+def _positions(given: dict[str, Any], length: int, device: torch.device) -> Tensor:
+    """Positions of the tokens as the attention mask places them, or after what the cache holds."""
+    mask = given.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return (mask.to(device).long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
+    cache = given.get("past_key_values")
+    past = 0 if cache is None else cache.get_seq_length()
+    return torch.arange(length, device=device)[None] + past
