@@ -164,7 +164,7 @@ def measure(answers: Sequence[str], rows: Sequence[Row]) -> dict[str, float]:
     rouge = [max(scorer.score(right, text)["rougeL"].fmeasure for right in rights) for text, rights in pairs]
     most = max(len(row.answers) for row in rows)
     references: Any = [[row.answers[k] if k < len(row.answers) else None for row in rows] for k in range(most)]
-    bleu = sacrebleu.corpus_bleu(list(answers), references, lowercase=True).score
+    bleu = sacrebleu.corpus_bleu(list(answers), references, lowercase=True, force=True).score
     return {
         "exact_match": round(100 * sum(exact) / len(rows), 2),
         "rouge_l": round(100 * sum(rouge) / len(rows), 2),
