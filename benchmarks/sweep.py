@@ -47,7 +47,7 @@ def work(queue, results, model_name: str, tasks: dict[str, str], stop: float) ->
             trained = time.perf_counter() - began
             compare = setting.get("compare", [])
             report = evaluate(
-                base.model, base.tokenizer, folder / "test.jsonl", prefix, compare=compare, batch_size=210
+                base.model, base.tokenizer, folder / "test.jsonl", prefix, compare=compare, batch_size=630
             )
             training = prefix.metadata["training"]
             figures = {

@@ -105,6 +105,8 @@ def _converted(alias: str) -> Path:
     # A model loaded from GGUF counts as quantized and refuses to be saved: give its weights to a plain one.
     config: Any = model.config
     del config.quantization_config
+    # Transformers 5.17 takes the wrong token of a GGUF file for the one that ends a turn; the config has the right one.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
     plain = type(model)(config)
     plain.load_state_dict(model.state_dict())
     target.parent.mkdir(parents=True, exist_ok=True)
