@@ -77,7 +77,7 @@ class TrainConfig:
         tracker: a tracker of Accelerate's, such as `tensorboard` or `wandb`, to log to as well.
     """
 
-    steps: int = 200
+    steps: int = 300
     batch_size: int = 4
     micro_batches: int = 1
     learning_rate: float = 3e-2
