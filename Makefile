@@ -8,7 +8,7 @@ CPU_TORCH := -qq --retries 1 --no-deps --extra-index-url https://download.pytorc
 .PHONY: demo test check docs clean
 
 demo: .venv/model ## train two prefixes for a real model and show what they do (6 minutes on 2 cores)
-	$(BIN)/foreword demo
+	$(BIN)/foreword demo $(DEMO)
 
 test: .venv/dev ## run the tests
 	$(BIN)/pytest
