@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: more threads only wait for each other
 
 from jaxtyping import install_import_hook
 
