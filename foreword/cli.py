@@ -284,7 +284,7 @@ def show(prefix: PrefixFile, as_json: Json = False) -> None:
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Option(help="Where the two prefixes go.")] = Path("foreword-demo"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps a task.")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps a task.")] = 150,
     rows: Annotated[int, typer.Option(min=1, help="Held-out rows a task to answer.")] = 40,
     model: Annotated[str, typer.Option(help="The base.")] = "smollm2",
 ) -> None:

@@ -36,10 +36,8 @@ def run_demo(base: Base, folder: Path, steps: int, rows: int) -> None:
     """Train both prefixes into `folder` and print what they change."""
     began = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    parameters = base.model.num_parameters()
-    out.print(
-        f"[bold]{base.name}[/]: {parameters:,} parameters, frozen. Digest of its weights: {digest(base.model)[:16]}"
-    )
+    parameters, untouched = base.model.num_parameters(), digest(base.model)
+    out.print(f"[bold]{base.name}[/]: {parameters:,} parameters, frozen. Digest of its weights: {untouched[:16]}")
     held_out: dict[str, list[Row]] = {}
     prefixes: dict[str, Prefix] = {}
     for task in TASKS:
@@ -69,7 +67,9 @@ def run_demo(base: Base, folder: Path, steps: int, rows: int) -> None:
     )
     for (row, name), text in zip(mixed, texts, strict=True):
         out.print(f"  [bold]{name:8}[/] {escape(row.prompt)}\n           [green]{escape(text)}[/]")
-    out.print(f"\nDigest of the model's weights: {digest(base.model)[:16]}, as before.")
+    after = digest(base.model)
+    assert after == untouched, "training changed the base"
+    out.print(f"\nDigest of the model's weights: {after[:16]}, as before.")
     out.print(f"Done in {time.perf_counter() - began:.0f} s. Now with your own rows:\n")
     out.print(f"  foreword show {folder}/tickets.safetensors")
     out.print(f'  foreword generate "My lamp from order 5512 flickers." --prefix {folder}/tickets.safetensors')
