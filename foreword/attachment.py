@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .attention import AttentionCall, attention_sites, entry_module, install, position_limit, takes_positions
+from .attention import (
+    AttentionCall,
+    attention_sites,
+    entry_module,
+    first_position,
+    install,
+    position_limit,
+    takes_positions,
+)
 from .errors import ConfigError, ModelMismatchError, PositionError
 from .fingerprint import check_fingerprint
 from .kernels import PrefixPart, concatenate, extend_mask, has_token_kernel, merged_attention
@@ -69,7 +77,7 @@ class Attachment:
         self.model = model
         self._sites = attention_sites(model)
         self._takes_positions = takes_positions(model)
-        self._limit = position_limit(model)
+        self._first, self._limit = first_position(model), position_limit(model)
         self._parts: list[list[PrefixPart]] = []
         self._checked: set[int] = set()
         self.use(prefix)
@@ -142,13 +150,12 @@ class Attachment:
         offset = offsets[0] if rows is None else torch.tensor([*offsets, 0], device=tokens.device)[rows][:, None]
         positions = given.get("position_ids")
         if positions is None:
-            positions = _positions(given, length, tokens.device)
+            positions = _positions(given, length, tokens.device) + self._first
         positions = positions + offset
-        limit = self._limit
-        if limit is not None and int(positions.max()) >= limit:
+        if self._limit is not None and (last := int(positions.max()) - self._first) >= self._limit:
             raise PositionError(
-                f"Prefix and text need position {int(positions.max())}, but {type(self.model).__name__} has learned "
-                f"positions up to {limit - 1}. Shorten the text to {limit - max(offsets)} tokens or the prefix."
+                f"Prefix and text need position {last}, but {type(self.model).__name__} has learned positions up to "
+                f"{self._limit - 1}. Shorten the text to {self._limit - max(offsets, default=0)} tokens or the prefix."
             )
         where = self._parameters.index("position_ids")
         if where < len(args):

@@ -26,6 +26,7 @@ __all__ = [
     "AttentionCall",
     "attention_sites",
     "entry_module",
+    "first_position",
     "install",
     "intercept",
     "position_limit",
@@ -147,7 +148,8 @@ class _Anatomy:
     sites: tuple[AttentionSite, ...]
     entry: str  # the innermost module whose forward takes the tokens of all sites
     takes_positions: bool
-    max_positions: int | None  # size of the table of learned positions
+    first_position: int  # what the model gives its first token when it is given no positions
+    max_positions: int | None  # how many learned positions there are, if there are any
 
 
 _anatomies: "weakref.WeakKeyDictionary[nn.Module, _Anatomy]" = weakref.WeakKeyDictionary()
@@ -171,8 +173,13 @@ def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
 
 
 def takes_positions(model: PreTrainedModel) -> bool:
-    """Whether the model places its tokens by `position_ids`, so that a prefix has to shift them."""
+    """Whether the model is causal and places its tokens by `position_ids`, so that a prefix has to shift them."""
     return _anatomy(model).takes_positions
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """The position that the model itself gives its first token: 0, except where a table of positions keeps rows free."""
+    return _anatomy(model).first_position
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
@@ -202,7 +209,7 @@ def _probe(model: PreTrainedModel) -> _Anatomy:
         raise UnsupportedModelError(f"{kind} reads {model.main_input_name!r}; this version needs 'input_ids'.")
     names = {module: name for name, module in model.named_modules()}
     sites: dict[str, AttentionSite] = {}
-    tables: list[int] = []
+    starts: list[tuple[int, int]] = []  # of each lookup by position: the first index, and how many positions fit
 
     def record(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         causal = call.options.get("is_causal")
@@ -220,14 +227,21 @@ def _probe(model: PreTrainedModel) -> _Anatomy:
     def look_up(module: nn.Embedding, args: tuple[Any, ...]) -> None:
         index = args[0].reshape(-1) if args and isinstance(args[0], Tensor) else torch.empty(0)
         if len(index) == 4 and bool((index.diff() == 1).all()):  # looked up by position: the token ids are all equal
-            tables.append(module.num_embeddings - int(index[0]))
+            starts.append((int(index[0]), module.num_embeddings - int(index[0])))
 
+    tokens = torch.full((1, 4), 5, device=model.device)
     training = {module: module.training for module in model.modules()}
     hooks = [m.register_forward_pre_hook(look_up) for m in model.modules() if isinstance(m, nn.Embedding)]
     try:
         model.eval()
         with intercept(model, record):
-            model(input_ids=torch.full((1, 4), 5, device=model.device), use_cache=False)
+            model(input_ids=tokens, use_cache=False)
+        name = _entry(model, list(sites))
+        entry, own = model.get_submodule(name), list(starts)
+        causal = any(site.kind == "self" for site in sites.values())
+        positions = causal and "position_ids" in inspect.signature(entry.forward).parameters
+        if positions and own:
+            entry(input_ids=tokens, position_ids=torch.arange(4, device=model.device)[None], use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -237,9 +251,8 @@ def _probe(model: PreTrainedModel) -> _Anatomy:
         raise UnsupportedModelError(
             f"{kind} does not call its attention through Transformers' attention registry, so nothing can be attached."
         )
-    entry = _entry(model, list(sites))
-    positions = "position_ids" in inspect.signature(model.get_submodule(entry).forward).parameters
-    return _Anatomy(tuple(sites.values()), entry, positions, min(tables, default=None))
+    first = own[0][0] - starts[len(own)][0] if len(starts) > len(own) else 0
+    return _Anatomy(tuple(sites.values()), name, positions, first, min((room for _, room in own), default=None))
 
 
 def _entry(model: PreTrainedModel, sites: list[str]) -> str:

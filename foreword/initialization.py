@@ -13,7 +13,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .attention import AttentionCall, attention_sites, entry_module, intercept, position_limit, takes_positions
+from .attention import (
+    AttentionCall,
+    attention_sites,
+    entry_module,
+    first_position,
+    intercept,
+    position_limit,
+    takes_positions,
+)
 from .config import PrefixConfig
 from .data import Example
 from .errors import ConfigError, PositionError
@@ -206,7 +214,7 @@ def _observe(
                 f"The text that the prefix should start from needs position {int(positions.max())}, but "
                 f"{type(model).__name__} has learned positions up to {limit - 1}. Use fewer or shorter demonstrations."
             )
-        options["position_ids"] = positions.to(input_ids.device).expand_as(input_ids)
+        options["position_ids"] = (positions + first_position(model)).to(input_ids.device).expand_as(input_ids)
     training = model.training
     model.eval()
     try:
