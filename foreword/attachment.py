@@ -185,18 +185,19 @@ class Attachment:
         ]
         if not parts:
             return call.run()
+        # A causal call without a mask sees no key beyond its queries: what follows are empty slots of a static cache.
+        length = query.shape[2] if call.is_causal else call.key.shape[2]
+        own_key, own_value = call.key[:, :, :length], call.value[:, :, :length]
         plain = call.implementation == "sdpa" and not options.get("dropout")
         plain = plain and all(options.get(name) is None for name in ("position_bias", "softcap", "s_aux", "cache"))
-        square = not call.is_causal or query.shape[2] == call.key.shape[2]
-        if plain and square and has_token_kernel(query, call.value, call.mask):
+        if plain and has_token_kernel(query, own_value, call.mask):
             scale = options.get("scaling") or query.shape[-1] ** -0.5
             output = merged_attention(
-                query, call.key, call.value, parts, scale=scale, mask=call.mask, is_causal=call.is_causal
+                query, own_key, own_value, parts, scale=scale, mask=call.mask, is_causal=call.is_causal
             )
             return output.transpose(1, 2).contiguous(), None
-        key, value, bias = concatenate(call.key, call.value, parts)
-        new = key.shape[2] - call.key.shape[2]
-        mask = extend_mask(call.mask, bias, query, call.key.shape[2], new, call.is_causal)
+        key, value, bias = concatenate(own_key, own_value, parts)
+        mask = extend_mask(call.mask, bias, query, length, key.shape[2] - length, call.is_causal)
         return call.run(key=key, value=value, mask=mask)
 
 

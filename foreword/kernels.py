@@ -78,16 +78,17 @@ def extend_mask(
 ) -> Float[Tensor, "#B #H T N"] | None:
     """The additive mask over [prefix; tokens]: `bias` for the virtual tokens, `mask` (boolean or additive) for the rest.
 
-    Without a mask, causal attention is aligned to the lower right corner: the last query sees every key. (A kernel's own
-    `is_causal` is aligned to the upper left and would be wrong as soon as keys outnumber queries.)
+    Without a mask, causal attention is square. (A kernel's own `is_causal` is aligned to the upper left and would be wrong
+    as soon as the virtual tokens make the keys outnumber the queries.)
     """
     length, lowest = query.shape[2], torch.finfo(query.dtype).min
     if mask is None:
         if bias is None and (not is_causal or length == 1):
             return None
         mask = torch.ones(1, 1, length, num_tokens, dtype=torch.bool, device=query.device)
-        if is_causal:
-            mask = mask.tril(num_tokens - length)
+        if is_causal and length > 1:
+            assert length == num_tokens, "causal attention must be square"
+            mask = mask.tril()
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, lowest)
     if bias is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import FAMILIES, gradients_of, make_model
+from tiny import FAMILIES, gradients_of, make_model, tokens
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -47,10 +47,6 @@ def model(model: PreTrainedModel, path: str) -> PreTrainedModel:
 def exact(path: str) -> dict[str, float]:
     """Eager attention takes its softmax in float32."""
     return {"rtol": 1e-5, "atol": 1e-5} if path == "eager" else TIGHT
-
-
-def tokens(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def double(prefix: Prefix) -> Prefix:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from tiny import FURTHER, HYBRIDS, gradients_of, make_model
+from tiny import FURTHER, HYBRIDS, gradients_of, make_model, tokens
 from torch import Tensor
 
 from foreword import Prefix, attach, attention_sites, text_prefix
@@ -16,10 +16,6 @@ ENCODERS = {
     "ModernBert": {"local_attention": 8, "cls_token_id": 1, "sep_token_id": 2},
     "Electra": {"embedding_size": 32},
 }
-
-
-def tokens(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def close(found: Tensor, expected: Tensor) -> None:

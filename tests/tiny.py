@@ -101,6 +101,11 @@ def make_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     return wrapped
 
 
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    """Random token ids, none of them special."""
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed))
+
+
 def gradients_of(module: nn.Module) -> list[Tensor]:
     """A copy of the gradient of each parameter; all have one."""
     gradients = [parameter.grad for parameter in module.parameters()]
