@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ class Attachment:
         self._takes_positions = takes_positions(model)
         self._first, self._limit = first_position(model), position_limit(model)
         self._parts: list[list[PrefixPart]] = []
-        self._checked: set[int] = set()
+        self._checked: WeakSet[Any] = WeakSet()  # not their ids, which are used again once a prefix is gone
         self.use(prefix)
         modules = [model.get_submodule(site.name) for site in self._sites]
         undo = install(model, {m: partial(self._attend, i) for i, m in enumerate(modules)})
@@ -113,7 +114,7 @@ class Attachment:
         self.detach()
 
     def _check(self, source: PrefixSource) -> None:
-        if id(source) in self._checked:
+        if source in self._checked:
             return
         name = source.base.get("name", "another model")
         known = {site.name: site for site in self._sites}
@@ -126,7 +127,7 @@ class Attachment:
                 )
         if "fingerprint" in source.base:
             check_fingerprint(source.base["fingerprint"], self.model, name)
-        self._checked.add(id(source))
+        self._checked.add(source)
 
     # What happens in a forward pass: positions are shifted and prefixes laid out once, then each site attends.
 

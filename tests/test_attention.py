@@ -119,19 +119,24 @@ def test_cached_decoding_equals_full_forward(model, exact):
     torch.testing.assert_close(stepwise, full, **exact)
 
 
-def test_generate_equals_generate_with_the_text_in_context(model):
+def test_mixed_rows_with_beams_equal_each_row_alone(model, exact):
     context, ids = tokens(5, seed=1), tokens(2, 6)
-    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 259}
-    plain = model.generate(torch.cat([context.expand(2, -1), ids], 1), **options)[:, 5:]
-    beams = model.generate(torch.cat([context.expand(2, -1), ids], 1), num_beams=3, **options)[:, 5:]
-    prefix = double(text_prefix(model, context.tolist()))
-    with attach(model, prefix) as attachment:
-        assert torch.equal(model.generate(ids, **options), plain)
-        assert torch.equal(model.generate(ids, num_beams=3, **options), beams)
-        attachment.use([prefix, None])
-        mixed = model.generate(ids, num_beams=3, **options)
-    assert torch.equal(mixed[0], beams[0])
-    assert torch.equal(mixed[1], model.generate(ids, num_beams=3, **options)[1])
+    options = {
+        "max_new_tokens": 6,
+        "num_beams": 3,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 259,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
+    in_context = model.generate(torch.cat([context[None], ids[:1]], 1), **options)
+    bare = model.generate(ids[1:], **options)
+    with attach(model, [double(text_prefix(model, context.tolist())), None]):
+        mixed = model.generate(ids, **options)
+    assert torch.equal(mixed.sequences, torch.cat([in_context.sequences[:, 5:], bare.sequences]))
+    expected = torch.cat([in_context.sequences_scores, bare.sequences_scores])
+    torch.testing.assert_close(mixed.sequences_scores, expected, **exact)
 
 
 def test_padding_changes_nothing(model, exact):
