@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .anatomy import attention_sites
     from .attachment import attach
-    from .attention import attention_sites
     from .config import PrefixConfig, TrainConfig
     from .errors import ForewordError
     from .evaluation import evaluate
@@ -43,7 +43,7 @@ _HOME = {
     "PrefixStore": "store",
     "TrainConfig": "config",
     "attach": "attachment",
-    "attention_sites": "attention",
+    "attention_sites": "anatomy",
     "evaluate": "evaluation",
     "load": "store",
     "load_base": "models",

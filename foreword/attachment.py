@@ -9,18 +9,12 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from .attention import (
-    AttentionCall,
-    attention_sites,
-    entry_module,
-    first_position,
-    install,
-    position_limit,
-    takes_positions,
-)
-from .errors import ConfigError, ModelMismatchError, PositionError
+from .anatomy import Stack, stacks
+from .attention import AttentionCall, install
+from .errors import ConfigError, ModelMismatchError, PositionError, UnsupportedModelError
 from .fingerprint import check_fingerprint
 from .kernels import PrefixPart, concatenate, extend_mask, has_token_kernel, merged_attention
 from .prefix import AttentionSite, SiteTensors
@@ -76,18 +70,26 @@ class Attachment:
 
     def __init__(self, model: PreTrainedModel, prefix: PrefixSource | Sequence[PrefixSource | None]) -> None:
         self.model = model
-        self._sites = attention_sites(model)
-        self._takes_positions = takes_positions(model)
-        self._first, self._limit = first_position(model), position_limit(model)
-        self._parts: list[list[PrefixPart]] = []
+        self._stacks = stacks(model)
+        self._sites = {site.name: site for stack in self._stacks for site in stack.sites}
+        self._parts: dict[str, list[PrefixPart]] = {}
+        self._batch: dict[str, int] = {}  # rows that each site's parts were laid out for, where rows differ
         self._checked: WeakSet[Any] = WeakSet()  # not their ids, which are used again once a prefix is gone
         self.use(prefix)
-        modules = [model.get_submodule(site.name) for site in self._sites]
-        undo = install(model, {m: partial(self._attend, i) for i, m in enumerate(modules)})
-        entry = entry_module(model)
-        self._parameters = list(inspect.signature(entry.forward).parameters)
-        hook = entry.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        self._undo: Callable[[], None] | None = lambda: (hook.remove(), undo())[1]
+        undo = install(model, {model.get_submodule(name): partial(self._attend, name) for name in self._sites})
+        hooks = [
+            model.get_submodule(stack.name).register_forward_pre_hook(
+                partial(self._before_forward, stack), with_kwargs=True
+            )
+            for stack in self._stacks
+        ]
+
+        def undo_all() -> None:
+            for hook in hooks:
+                hook.remove()
+            undo()
+
+        self._undo: Callable[[], None] | None = undo_all
 
     def use(self, prefix: PrefixSource | Sequence[PrefixSource | None]) -> None:
         """From the next forward pass on, see this prefix, or these: one prefix or `None` for each row."""
@@ -117,10 +119,9 @@ class Attachment:
         if source in self._checked:
             return
         name = source.base.get("name", "another model")
-        known = {site.name: site for site in self._sites}
         for site in source.sites:
-            if known.get(site.name) != site:
-                found = known.get(site.name, f"no such site among its {len(known)}")
+            if self._sites.get(site.name) != site:
+                found = self._sites.get(site.name, f"no such site among its {len(self._sites)}")
                 raise ModelMismatchError(
                     f"The prefix was made for {name} and has a site {site}, but {type(self.model).__name__} has {found}. "
                     "Load the base that the prefix was trained on."
@@ -129,11 +130,13 @@ class Attachment:
             check_fingerprint(source.base["fingerprint"], self.model, name)
         self._checked.add(source)
 
-    # What happens in a forward pass: positions are shifted and prefixes laid out once, then each site attends.
+    # What happens in a stack's forward: positions are shifted and prefixes laid out once, then each site attends.
 
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
-        given = dict(zip(self._parameters, args, strict=False)) | kwargs
-        tokens: Tensor = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+    def _before_forward(self, stack: Stack, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        parameters = list(inspect.signature(module.forward).parameters)
+        given = dict(zip(parameters, args, strict=False)) | kwargs
+        wanted = [given.get("input_ids"), given.get("inputs_embeds"), *given.values()]
+        tokens = next(value for value in wanted if isinstance(value, Tensor))  # or patches, or frames
         batch, length = tokens.shape[:2]
         if self._shared:
             rows = None
@@ -144,37 +147,45 @@ class Attachment:
             )
         else:
             rows = torch.tensor(self._rows, device=tokens.device).repeat_interleave(batch // len(self._rows))
-        self._lay_out(rows)
-        if not self._takes_positions:
+        self._lay_out(stack, rows)
+        if not stack.takes_positions:
             return args, kwargs
         offsets = [source.position_offset for source in self._sources]
         offset = offsets[0] if rows is None else torch.tensor([*offsets, 0], device=tokens.device)[rows][:, None]
         positions = given.get("position_ids")
         if positions is None:
-            positions = _positions(given, length, tokens.device) + self._first
+            positions = _positions(given, length, tokens.device) + stack.first_position
         positions = positions + offset
-        if self._limit is not None and (last := int(positions.max()) - self._first) >= self._limit:
+        limit = stack.position_limit
+        if limit is not None and (last := int(positions.max()) - stack.first_position) >= limit:
             raise PositionError(
                 f"Prefix and text need position {last}, but {type(self.model).__name__} has learned positions up to "
-                f"{self._limit - 1}. Shorten the text to {self._limit - max(offsets, default=0)} tokens or the prefix."
+                f"{limit - 1}. Shorten the text to {limit - max(offsets, default=0)} tokens or the prefix."
             )
-        where = self._parameters.index("position_ids")
+        where = parameters.index("position_ids")
         if where < len(args):
             return (*args[:where], positions, *args[where + 1 :]), kwargs
         return args, kwargs | {"position_ids": positions}
 
-    def _lay_out(self, rows: Tensor | None) -> None:
-        """Fill `_parts`: for each site of the model the prefixes that its queries see."""
-        self._parts = [[] for _ in self._sites]
-        index = {site.name: i for i, site in enumerate(self._sites)}
+    def _lay_out(self, stack: Stack, rows: Tensor | None) -> None:
+        """Fill `_parts`: for each site of the stack the prefixes that its queries see."""
+        own = {site.name: list[PrefixPart]() for site in stack.sites}
         for number, source in enumerate(self._sources):
-            own = None if rows is None else (rows == number).nonzero().squeeze(-1)
+            seeing = None if rows is None else (rows == number).nonzero().squeeze(-1)
             for site, (key, value, gate) in zip(source.sites, source.tensors(), strict=True):
-                bias = None if gate is None else gate.log()
-                self._parts[index[site.name]].append(PrefixPart(key, value, bias, own))
+                if site.name in own:
+                    bias = None if gate is None else gate.log()
+                    own[site.name].append(PrefixPart(key, value, bias, seeing))
+        self._parts |= own
+        self._batch |= dict.fromkeys(own, -1 if rows is None else len(rows))
 
-    def _attend(self, index: int, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    def _attend(self, name: str, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         query, options = call.query, call.options
+        if self._batch[name] not in (-1, len(query)):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} attends in {name} over a batch of {len(query)}, which does not tell its "
+                f"{self._batch[name]} rows apart, so they cannot see different prefixes there. Attach one for all rows."
+            )
         parts = [
             PrefixPart(
                 key.to(query.device, query.dtype),
@@ -182,7 +193,7 @@ class Attachment:
                 None if bias is None else bias.to(query.device),
                 rows,
             )
-            for key, value, bias, rows in self._parts[index]
+            for key, value, bias, rows in self._parts[name]
         ]
         if not parts:
             return call.run()
@@ -199,7 +210,11 @@ class Attachment:
             return output.transpose(1, 2).contiguous(), None
         key, value, bias = concatenate(own_key, own_value, parts)
         mask = extend_mask(call.mask, bias, query, length, key.shape[2] - length, call.is_causal)
-        return call.run(key=key, value=value, mask=mask)
+        changes = {}
+        if (position_bias := options.get("position_bias")) is not None:  # virtual tokens are at no distance
+            new = key.shape[2] - length
+            changes = {"position_bias": pad(position_bias[..., :length], (new, 0))}
+        return call.run(key=key, value=value, mask=mask, **changes)
 
 
 def _positions(given: dict[str, Any], length: int, device: torch.device) -> Tensor:

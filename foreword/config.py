@@ -14,6 +14,8 @@ class PrefixConfig:
 
     Args:
         num_virtual_tokens: P, the number of key and value vectors that each attention site sees.
+        num_encoder_virtual_tokens: P in the encoder of an encoder-decoder; by default the same. 0: no prefix there.
+        num_cross_virtual_tokens: P where a decoder attends to an encoder; by default the same. 0: no prefix there.
         initialization: where the first keys and values come from. `demonstrations`: training rows, compacted into
             `num_virtual_tokens`; `text`: `init_text`; `random`: keys and values drawn with the statistics of the
             model's own; `noop`: random ones behind closed gates, so that step 0 equals the base exactly.
@@ -27,6 +29,8 @@ class PrefixConfig:
     """
 
     num_virtual_tokens: int = 16
+    num_encoder_virtual_tokens: int | None = None
+    num_cross_virtual_tokens: int | None = None
     initialization: Literal["demonstrations", "text", "random", "noop"] = "demonstrations"
     num_demonstrations: int = 3
     init_text: str | None = None
@@ -38,6 +42,9 @@ class PrefixConfig:
         for name in ("num_virtual_tokens", "num_demonstrations", "mlp_width"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("num_encoder_virtual_tokens", "num_cross_virtual_tokens"):
+            if (getattr(self, name) or 0) < 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}.")
         if (self.initialization == "text") != (self.init_text is not None):
             raise ConfigError(
                 "init_text belongs to initialization='text' and to no other: "

@@ -4,30 +4,23 @@ Everything here is found by running the model itself with its attention calls in
 family computes its keys or rotates them. S text tokens, T tokens of a further row, N its batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .attention import (
-    AttentionCall,
-    attention_sites,
-    entry_module,
-    first_position,
-    intercept,
-    position_limit,
-    takes_positions,
-)
+from .anatomy import attention_sites, position_limit, sample_inputs, stacks, text_stack
+from .attention import AttentionCall, intercept
 from .config import PrefixConfig
 from .data import Example
 from .errors import ConfigError, PositionError
 from .fingerprint import fingerprint
 from .kernels import PrefixPart, concatenate, extend_mask
-from .prefix import Prefix, SiteTensors
+from .prefix import AttentionSite, Prefix, SiteTensors
 
 __all__ = ["compact_prefix", "demonstrate", "initialize", "noop_prefix", "random_prefix", "text_prefix"]
 
@@ -59,9 +52,9 @@ def initialize(
         ConfigError: no rows are left besides the demonstrations, or the text is empty.
     """
     if config.initialization == "random":
-        return random_prefix(model, config.num_virtual_tokens, seed)
+        return random_prefix(model, _lengths(model, config), seed)
     if config.initialization == "noop":
-        return noop_prefix(model, config.num_virtual_tokens, seed)
+        return noop_prefix(model, _lengths(model, config), seed)
     if config.initialization == "text":
         ids = tokenizer(config.init_text)["input_ids"]
     else:
@@ -86,23 +79,36 @@ def text_prefix(model: PreTrainedModel, input_ids: Sequence[int]) -> Prefix:
     return _prefix(model, [SiteTensors(s.key[0].transpose(0, 1), s.value[0].transpose(0, 1)) for s in seen])
 
 
-def random_prefix(model: PreTrainedModel, num_virtual_tokens: int, seed: int = 0) -> Prefix:
-    """Keys and values drawn from normal distributions with the mean and spread of the model's own, per head and dim."""
-    generator = torch.Generator().manual_seed(seed)
-    length = min(_RANDOM_TOKENS, position_limit(model) or _RANDOM_TOKENS)
-    embedding: Any = model.get_input_embeddings()
-    ids = torch.randint(embedding.weight.shape[0], (length,), generator=generator)
+def random_prefix(model: PreTrainedModel, num_virtual_tokens: int | Mapping[str, int], seed: int = 0) -> Prefix:
+    """Keys and values drawn from normal distributions with the mean and spread of the model's own, per head and dim.
 
-    def draw(own: Float[Tensor, "G S D"]) -> Float[Tensor, "P G D"]:
+    Args:
+        model: the base model.
+        num_virtual_tokens: P, or P by kind of site (`self`, `encoder`, `cross`); sites of a kind left out get none.
+        seed: for the drawing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sites = attention_sites(model)
+    lengths = (
+        num_virtual_tokens if isinstance(num_virtual_tokens, Mapping) else {s.kind: num_virtual_tokens for s in sites}
+    )
+
+    def draw(own: Float[Tensor, "G S D"], length: int) -> Float[Tensor, "P G D"]:
         own = own.float().cpu()
-        noise = torch.randn(num_virtual_tokens, own.shape[0], own.shape[2], generator=generator)
+        noise = torch.randn(length, own.shape[0], own.shape[2], generator=generator)
         return own.mean(1) + noise * own.std(1)
 
-    seen = _observe(model, _batch_of_one(model, ids.tolist()))
-    return _prefix(model, [SiteTensors(draw(s.key[0]), draw(s.value[0])) for s in seen])
+    inputs = sample_inputs(model, min(_RANDOM_TOKENS, position_limit(model) or _RANDOM_TOKENS), generator)
+    seen = [
+        (site, s, lengths[site.kind])
+        for site, s in zip(sites, _record(model, model, inputs), strict=True)
+        if lengths.get(site.kind)
+    ]
+    tensors = [SiteTensors(draw(s.key[0], length), draw(s.value[0], length)) for _, s, length in seen]
+    return _prefix(model, tensors, [site for site, _, _ in seen])
 
 
-def noop_prefix(model: PreTrainedModel, num_virtual_tokens: int, seed: int = 0) -> Prefix:
+def noop_prefix(model: PreTrainedModel, num_virtual_tokens: int | Mapping[str, int], seed: int = 0) -> Prefix:
     """A random prefix behind closed gates, which shifts no positions: with it the model is exactly the base.
 
     Zero keys would not do: a zero key still gets weight exp(0). A gate g multiplies exp(query @ key).
@@ -186,7 +192,6 @@ class _Seen(NamedTuple):
     scale: float
 
 
-@torch.no_grad()
 def _observe(
     model: PreTrainedModel,
     input_ids: Int[Tensor, "N T"],
@@ -194,6 +199,28 @@ def _observe(
     respond: Callable[[int, AttentionCall], Tensor] | None = None,
 ) -> list[_Seen]:
     """Run the model below its head, first token at `position`; at each site answer with what `respond` returns."""
+    stack, options = text_stack(model), {}
+    if stack.takes_positions:
+        positions = position if isinstance(position, Tensor) else torch.arange(input_ids.shape[1]) + position
+        limit = stack.position_limit
+        if limit is not None and int(positions.max()) >= limit:
+            raise PositionError(
+                f"The text that the prefix should start from needs position {int(positions.max())}, but "
+                f"{type(model).__name__} has learned positions up to {limit - 1}. Use fewer or shorter demonstrations."
+            )
+        options["position_ids"] = (positions + stack.first_position).to(input_ids.device).expand_as(input_ids)
+    inputs = {"input_ids": input_ids, "use_cache": False} | options
+    return _record(model, model.get_submodule(stack.name), inputs, respond)
+
+
+@torch.no_grad()
+def _record(
+    model: PreTrainedModel,
+    module: nn.Module,
+    inputs: dict[str, Any],
+    respond: Callable[[int, AttentionCall], Tensor] | None = None,
+) -> list[_Seen]:
+    """Call `module`, the model or a part of it; what each of the model's sites saw."""
     sites = attention_sites(model)
     number = {model.get_submodule(site.name): i for i, site in enumerate(sites)}
     seen: dict[int, _Seen] = {}
@@ -205,23 +232,14 @@ def _observe(
         seen[i] = _Seen(call.query, call.key, call.value, output, call.mask, call.is_causal, scale)
         return output, None
 
-    options = {}
-    if takes_positions(model):
-        positions = position if isinstance(position, Tensor) else torch.arange(input_ids.shape[1]) + position
-        limit = position_limit(model)
-        if limit is not None and int(positions.max()) >= limit:
-            raise PositionError(
-                f"The text that the prefix should start from needs position {int(positions.max())}, but "
-                f"{type(model).__name__} has learned positions up to {limit - 1}. Use fewer or shorter demonstrations."
-            )
-        options["position_ids"] = (positions + first_position(model)).to(input_ids.device).expand_as(input_ids)
-    training = model.training
+    training = {part: part.training for part in model.modules()}
     model.eval()
     try:
         with intercept(model, handle, [site.name for site in sites]):
-            entry_module(model)(input_ids=input_ids, use_cache=False, **options)
+            module(**inputs)
     finally:
-        model.train(training)
+        for part, mode in training.items():
+            part.training = mode
     return [seen[i] for i in range(len(sites))]
 
 
@@ -231,12 +249,35 @@ def _batch_of_one(model: PreTrainedModel, input_ids: Sequence[int]) -> Int[Tenso
     return torch.tensor([list(input_ids)], device=model.device)
 
 
-def _prefix(model: PreTrainedModel, tensors: list[SiteTensors]) -> Prefix:
+def _lengths(model: PreTrainedModel, config: PrefixConfig) -> dict[str, int]:
+    """P by kind, for the kinds that the model has."""
+    kinds = {site.kind for site in attention_sites(model)}
+    asked = {
+        "self": config.num_virtual_tokens,
+        "encoder": config.num_encoder_virtual_tokens,
+        "cross": config.num_cross_virtual_tokens,
+    }
+    if absent := [
+        kind for kind, length in asked.items() if kind != "self" and length is not None and kind not in kinds
+    ]:
+        raise ConfigError(
+            f"num_{absent[0]}_virtual_tokens was given, but {type(model).__name__} has no {absent[0]} attention. "
+            "Leave it out; num_virtual_tokens is the length at every site."
+        )
+    return {kind: config.num_virtual_tokens if (length := asked[kind]) is None else length for kind in sorted(kinds)}
+
+
+def _prefix(model: PreTrainedModel, tensors: list[SiteTensors], sites: Sequence[AttentionSite] | None = None) -> Prefix:
     dtype = torch.promote_types(torch.float32, model.dtype)
     copies = [SiteTensors(*(t.to("cpu", dtype).contiguous() for t in entry[:2])) for entry in tensors]
-    offset = len(copies[0].key) if takes_positions(model) else 0
+    sites = attention_sites(model) if sites is None else sites
+    # The virtual tokens that hold positions are those of causal attention.
+    placed = {site.name for stack in stacks(model) if stack.takes_positions for site in stack.sites}
+    offset = max(
+        (len(t.key) for s, t in zip(sites, copies, strict=True) if s.kind == "self" and s.name in placed), default=0
+    )
     base = {"name": model.config._name_or_path or type(model).__name__, "fingerprint": fingerprint(model)}
-    return Prefix(attention_sites(model), copies, position_offset=offset, base=base)
+    return Prefix(sites, copies, position_offset=offset, base=base)
 
 
 # -------------------------------------------------------------------------------------------------------- compaction

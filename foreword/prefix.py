@@ -45,8 +45,9 @@ class Prefix(nn.Module):
 
     Args:
         sites: the model's attention sites.
-        tensors: for each site, keys `[P, G, D]` and values `[P, G, E]` with the same P (virtual tokens) throughout,
-            keys as attention sees them (after rotary embedding), and optional gates `[P, G]`.
+        tensors: for each site, keys `[P, G, D]` and values `[P, G, E]`, keys as attention sees them (after rotary
+            embedding), and optional gates `[P, G]`. P, the number of virtual tokens, is the same for all sites of one
+            kind; the three kinds of an encoder-decoder may differ.
         position_offset: how far the prefix shifts the positions of the real tokens: P for causal models with
             positions, so that the prefix holds positions 0 to P-1, else 0.
         base: name and fingerprint of the model that the prefix belongs to.
@@ -80,7 +81,6 @@ class Prefix(nn.Module):
         self.metadata = dict(metadata or {})
         site_tensors = [entry if isinstance(entry, SiteTensors) else SiteTensors(*entry) for entry in tensors]
         self._check(site_tensors)
-        self.num_virtual_tokens = len(site_tensors[0].key)
         self.keys = nn.ParameterList([t.key for t in site_tensors])
         self.values = nn.ParameterList([t.value for t in site_tensors])
         gates = [t.gate for t in site_tensors if t.gate is not None]
@@ -91,8 +91,9 @@ class Prefix(nn.Module):
             raise ConfigError(f"A prefix needs tensors for each of its sites: {len(self.sites)} and {len(tensors)}.")
         if len({entry.gate is None for entry in tensors}) > 1:
             raise ConfigError("Either every site of a prefix has gates or none has.")
-        length = len(tensors[0].key)
+        lengths: dict[str, int] = {}
         for site, (key, value, gate) in zip(self.sites, tensors, strict=True):
+            length = lengths.setdefault(site.kind, len(key))
             expected = {
                 "key": (key, (length, site.num_kv_heads, site.key_dim)),
                 "value": (value, (length, site.num_kv_heads, site.value_dim)),
@@ -111,6 +112,16 @@ class Prefix(nn.Module):
         return [SiteTensors(*entry) for entry in zip(self.keys, self.values, gates, strict=True)]
 
     @property
+    def lengths(self) -> dict[str, int]:
+        """P of each kind of site that the prefix has: `self`, `encoder`, `cross`."""
+        return {site.kind: len(key) for site, key in zip(self.sites, self.keys, strict=True)}
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """P of the longest kind."""
+        return max(self.lengths.values())
+
+    @property
     def num_parameters(self) -> int:
         """How many numbers the prefix holds."""
         return sum(p.numel() for p in self.parameters())
@@ -121,4 +132,6 @@ class Prefix(nn.Module):
         return sum(p.numel() * p.element_size() for p in self.parameters())
 
     def __repr__(self) -> str:
-        return f"Prefix({self.num_virtual_tokens} virtual tokens at {len(self.sites)} sites, {self.num_parameters:,} numbers)"
+        lengths = self.lengths
+        told = " + ".join(f"{length} {kind}" if len(lengths) > 1 else f"{length}" for kind, length in lengths.items())
+        return f"Prefix({told} virtual tokens at {len(self.sites)} sites, {self.num_parameters:,} numbers)"

@@ -19,8 +19,9 @@ _SMALLEST_GATE = 1e-30
 class Reparameterization(nn.Module):
     """A prefix in training. Attach it like a prefix.
 
-    All tensors of a prefix side by side are one matrix `[P, F]`: a row for each virtual token, F the numbers that one
-    virtual token has at all sites. The trained rows are one parameter, or what the MLP adds to the start.
+    The tensors of all sites of one kind side by side are a matrix `[P, F]`: a row for each virtual token, F the numbers
+    that one virtual token has at those sites. The trained rows are one parameter, or what an MLP adds to the start, of
+    each kind. All matrices end to end are one vector `[N]`, which training sees.
 
     Args:
         start: the prefix to start from; step 0 yields it exactly.
@@ -28,59 +29,68 @@ class Reparameterization(nn.Module):
         seed: for the random numbers that an MLP starts from.
     """
 
-    start: Float[Tensor, "P F"]
+    start: Float[Tensor, " N"]
 
     def __init__(self, start: Prefix, config: PrefixConfig, seed: int = 0) -> None:
         super().__init__()
         self.sites, self.position_offset, self.base = start.sites, start.position_offset, start.base
         self.metadata = start.metadata
-        self._shapes = [[None if t is None else t.shape[1:] for t in entry] for entry in start.tensors()]
-        flat = [t.detach().float().flatten(1) for entry in start.tensors() for t in entry if t is not None]
-        self.register_buffer("start", torch.cat(flat, 1))
+        self._shapes = [[None if t is None else t.shape for t in entry] for entry in start.tensors()]
+        self._kinds = {kind: [i for i, s in enumerate(self.sites) if s.kind == kind] for kind in start.lengths}
         self.first = int(config.freezes_first)
         self._leaf: Tensor | None = None
-        trained = self.start[self.first :]
-        self.mlp: nn.Sequential | None = None
+        tensors = start.tensors()
+        matrices = {
+            kind: torch.cat([t.detach().float().flatten(1) for i in own for t in tensors[i] if t is not None], 1)
+            for kind, own in self._kinds.items()
+        }
+        self._matrix_shapes = {kind: matrix.shape for kind, matrix in matrices.items()}
+        self.register_buffer("start", torch.cat([matrix.flatten() for matrix in matrices.values()]))
+        self.mlps: nn.ModuleDict | None = None
         if config.reparameterization == "mlp":
-            width = config.mlp_width
             with torch.random.fork_rng(devices=()):
                 torch.manual_seed(seed)
-                self.embedding = nn.Parameter(torch.randn(len(trained), width) * 0.02)
-                hidden, last = nn.Linear(width, width), nn.Linear(width, trained.shape[1])
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-            self.mlp = nn.Sequential(hidden, nn.Tanh(), last)
+                trained = {kind: matrix[self.first :] for kind, matrix in matrices.items()}
+                self.mlps = nn.ModuleDict({kind: _mlp(config.mlp_width, m.shape[1]) for kind, m in trained.items()})
+                noise = {kind: torch.randn(len(m), config.mlp_width) * 0.02 for kind, m in trained.items()}
+                self.embeddings = nn.ParameterDict(noise)
         else:
-            self.rows = nn.Parameter(trained.clone())
+            self.rows = nn.ParameterDict({kind: matrix[self.first :].clone() for kind, matrix in matrices.items()})
 
-    def matrix(self) -> Float[Tensor, "P F"]:
-        """The prefix as one matrix, differentiable with respect to the parameters."""
-        trained = self.rows if self.mlp is None else self.start[self.first :] + self.mlp(self.embedding)
-        return torch.cat([self.start[: self.first], trained])
+    def vector(self) -> Float[Tensor, " N"]:
+        """The prefix as one vector, differentiable with respect to the parameters."""
+        parts = []
+        for kind, start in self._matrices(self.start).items():
+            if self.mlps is None:
+                trained = self.rows[kind]
+            else:
+                trained = start[self.first :] + self.mlps[kind](self.embeddings[kind])
+            parts += [start[: self.first].flatten(), trained.flatten()]
+        return torch.cat(parts)
 
     @contextmanager
     def once(self, reduce: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """One optimizer step: run the reparameterization once, however many forward and backward passes follow inside.
 
-        Their gradients gather in one matrix `[P, F]`. On leaving, what `reduce` makes of it flows back to the parameters.
+        Their gradients gather in one vector `[N]`. On leaving, what `reduce` makes of it flows back to the parameters.
         """
-        matrix = self.matrix()
-        self._leaf = matrix.detach().requires_grad_()
+        vector = self.vector()
+        self._leaf = vector.detach().requires_grad_()
         try:
             yield
             gradient = torch.zeros_like(self._leaf) if self._leaf.grad is None else self._leaf.grad
         finally:
             self._leaf = None
-        matrix.backward(reduce(gradient))
+        vector.backward(reduce(gradient))
 
     def tensors(self) -> list[SiteTensors]:
         """For each site keys `[P, G, D]`, values `[P, G, E]` and gates `[P, G]` or `None`."""
-        return self._split(self.matrix() if self._leaf is None else self._leaf)
+        return self._split(self.vector() if self._leaf is None else self._leaf)
 
-    def fold(self, matrix: Tensor | None = None) -> Prefix:
-        """The plain prefix that the parameters, or another matrix of theirs, stand for."""
+    def fold(self, vector: Float[Tensor, " N"] | None = None) -> Prefix:
+        """The plain prefix that the parameters, or another vector of theirs, stand for."""
         with torch.no_grad():
-            tensors = self._split((self.matrix() if matrix is None else matrix).detach().cpu().clone())
+            tensors = self._split((self.vector() if vector is None else vector).detach().cpu().clone())
             return Prefix(
                 self.sites,
                 [entry.map(Tensor.contiguous) for entry in tensors],
@@ -89,18 +99,33 @@ class Reparameterization(nn.Module):
                 metadata=self.metadata,
             )
 
-    def _split(self, matrix: Tensor) -> list[SiteTensors]:
-        tensors, column = [], 0
-        for shapes in self._shapes:
-            entry: list[Any] = []
-            for shape in shapes:
-                if shape is None:
-                    entry.append(None)
-                    continue
-                width = shape.numel()
-                entry.append(matrix[:, column : column + width].unflatten(1, shape))
-                column += width
-            key, value, gate = entry
-            # Symmetric around zero, so that a gate that crosses it goes on learning; never zero, as its log is taken.
-            tensors.append(SiteTensors(key, value, None if gate is None else gate.abs().clamp_min(_SMALLEST_GATE)))
-        return tensors
+    def _matrices(self, vector: Float[Tensor, " N"]) -> dict[str, Float[Tensor, "P F"]]:
+        sizes = [shape.numel() for shape in self._matrix_shapes.values()]
+        parts = zip(self._matrix_shapes.items(), vector.split(sizes), strict=True)
+        return {kind: part.view(shape) for (kind, shape), part in parts}
+
+    def _split(self, vector: Float[Tensor, " N"]) -> list[SiteTensors]:
+        tensors: dict[int, SiteTensors] = {}
+        for kind, matrix in self._matrices(vector).items():
+            column = 0
+            for site in self._kinds[kind]:
+                entry: list[Any] = []
+                for shape in self._shapes[site]:
+                    if shape is None:
+                        entry.append(None)
+                        continue
+                    width = shape[1:].numel()
+                    entry.append(matrix[:, column : column + width].unflatten(1, shape[1:]))
+                    column += width
+                key, value, gate = entry
+                # Symmetric around zero, so that a gate that crosses it goes on learning; never zero, as its log is taken.
+                tensors[site] = SiteTensors(key, value, None if gate is None else gate.abs().clamp_min(_SMALLEST_GATE))
+        return [tensors[i] for i in range(len(self.sites))]
+
+
+def _mlp(width: int, features: int) -> nn.Sequential:
+    """The two-layer tanh network of Li & Liang 2021, section 4.3; its last layer starts at zero."""
+    last = nn.Linear(width, features)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Linear(width, width), nn.Tanh(), last)

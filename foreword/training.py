@@ -1,7 +1,7 @@
 """Train a prefix. One loop for every device and any number of processes; the base is frozen and never prepared.
 
-What is trained is small enough to be one matrix, so processes need no wrapper around the model: each runs its share of
-every batch, and the gradients of that one matrix are added up. The loss is a mean over the completion tokens of the
+What is trained is small enough to be one vector, so processes need no wrapper around the model: each runs its share of
+every batch, and the gradients of that one vector are added up. The loss is a mean over the completion tokens of the
 whole batch, so the result does not depend on how a batch is split into micro-batches or over processes.
 """
 
@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .anatomy import position_limit
 from .attachment import attach
-from .attention import position_limit
 from .config import PrefixConfig, TrainConfig
 from .data import IGNORED, Batch, Data, Example, collate, encode, read_rows, schedule
 from .errors import ConfigError, DataError
@@ -202,11 +202,11 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
 class _State:
     """What a checkpoint holds besides parameters and optimizer."""
 
-    def __init__(self, matrix: Tensor) -> None:
+    def __init__(self, vector: Tensor) -> None:
         self.step = 0
         self.best_step = 0
         self.best_loss = math.inf
-        self.best_matrix = matrix
+        self.best_vector = vector
         self.evaluations_since_best = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -229,7 +229,7 @@ class _Trainer:
         self.prefix = reparameterization.to(model.device)
         optimizer = torch.optim.AdamW(self.prefix.parameters(), lr=config.learning_rate, weight_decay=0.0)
         self.optimizer = accelerator.prepare(optimizer)
-        self.state = _State(self.prefix.matrix().detach().clone())
+        self.state = _State(self.prefix.vector().detach().clone())
         accelerator.register_for_checkpointing(self.prefix, self.state)
         self.tracked = config.tracker is not None
         if self.tracked:
@@ -237,7 +237,7 @@ class _Trainer:
 
     def best(self) -> Prefix:
         """The best prefix so far, as plain tensors."""
-        return self.prefix.fold(self.state.best_matrix)
+        return self.prefix.fold(self.state.best_vector)
 
     def run(
         self, rows: Sequence[Example], held_out: Sequence[Example], on_step: Callable[[Progress], None] | None
@@ -311,7 +311,7 @@ class _Trainer:
         state = self.state
         if loss < state.best_loss or math.isinf(loss):
             state.best_loss, state.best_step, state.evaluations_since_best = loss, state.step, 0
-            state.best_matrix = self.prefix.matrix().detach().clone()
+            state.best_vector = self.prefix.vector().detach().clone()
         else:
             state.evaluations_since_best += 1
 

@@ -15,8 +15,6 @@ from transformers import (
     BloomConfig,
     BloomForCausalLM,
     PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 import foreword
@@ -261,9 +259,6 @@ def test_what_cannot_be_attached_says_why(llama):
     prefix = random_prefix(llama, 3)
     with pytest.raises(UnsupportedModelError, match="BloomForCausalLM does not call its attention through"):
         attach(BloomForCausalLM(BloomConfig(vocab_size=99, hidden_size=32, n_layer=1, n_head=2)), prefix)
-    t5 = T5Config(vocab_size=99, d_model=32, d_ff=32, d_kv=8, num_layers=1, num_heads=2)
-    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
-        attach(T5ForConditionalGeneration(t5), prefix)
     with attach(llama, prefix), pytest.raises(ConfigError, match="already"):
         attach(llama, prefix)
     with attach(llama, [prefix, None]), pytest.raises(ConfigError, match="2 prefixes for a batch of 3 rows"):

@@ -13,6 +13,7 @@ LEVELS = [
     ["errors"],
     ["config", "fingerprint", "kernels", "prefix"],
     ["attention", "data", "models", "options", "reparameterization", "runs", "store"],
+    ["anatomy"],
     ["attachment", "initialization"],
     ["evaluation", "training"],
     ["console"],
