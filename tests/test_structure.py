@@ -14,9 +14,11 @@ LEVELS = [
     ["config", "fingerprint", "kernels", "prefix"],
     ["attention", "data", "models", "options", "reparameterization", "runs", "store"],
     ["attachment", "initialization"],
-    ["evaluation", "training"],
+    ["completion"],
+    ["evaluation", "loop"],
+    ["training"],
     ["console"],
-    ["demo"],
+    ["demo", "listing"],
     ["cli"],
 ]
 
