@@ -1,9 +1,7 @@
-"""Rows to token ids: reading files, checking each row, rendering the chat template, batching by length."""
+"""Rows to token ids: checking each row, rendering the chat template, batching by length."""
 
-import csv
-import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from .errors import DataError
+from .sources import raw_rows
 
 __all__ = ["IGNORED", "Batch", "Data", "Example", "Row", "collate", "encode", "prompt_ids", "read_rows", "schedule"]
 
@@ -92,7 +91,7 @@ def read_rows(data: Data, *, completions: bool = True, skip_bad: bool = False) -
         (1, ['row 2: no "completion" and no "messages"; the row has prompt.'])
     """
     rows, bad = [], []
-    for source, raw in _raw_rows(data):
+    for source, raw in raw_rows(data):
         try:
             if isinstance(raw, DataError):
                 raise raw
@@ -105,68 +104,6 @@ def read_rows(data: Data, *, completions: bool = True, skip_bad: bool = False) -
         where = data if isinstance(data, str | Path) else "the data"
         raise DataError(f"{where}: no usable rows. Expected at least one" + (f"; {len(bad)} were bad." if bad else "."))
     return rows, bad
-
-
-def _raw_rows(data: Data) -> Iterator[tuple[str, Any]]:
-    """Each raw row with where it stands; a `DataError` in place of a row that cannot be parsed."""
-    if not isinstance(data, str | Path):
-        yield from ((f"row {i}", row) for i, row in enumerate(data, 1))
-        return
-    path = Path(data)
-    if not path.exists():
-        if path.suffix or path.is_absolute():
-            raise DataError(f"{path}: no such file. Expected a .jsonl, .csv or .parquet file, or a data set's name.")
-        yield from _from_datasets(str(data))
-    elif path.suffix in (".jsonl", ".ndjson"):
-        yield from _from_jsonl(path)
-    elif path.suffix == ".csv":
-        yield from _from_csv(path)
-    elif path.suffix == ".parquet":
-        yield from _from_datasets("parquet", data_files=str(path))
-    else:
-        raise DataError(
-            f"{path}: cannot tell the format of a {path.suffix or 'nameless'} file. Use .jsonl, .csv or .parquet."
-        )
-
-
-def _from_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            yield where, json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            yield where, DataError(f"{where}: not UTF-8 (byte {error.start} of the line).")
-        except json.JSONDecodeError as error:
-            yield where, DataError(f"{where}: not JSON ({error.msg} at column {error.colno}).")
-
-
-def _from_csv(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        text = path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: not UTF-8. Save the file as UTF-8.") from None
-    reader = csv.DictReader(text.splitlines(keepends=True))
-    for raw in reader:
-        fields = {k: v for k, v in raw.items() if k is not None and v is not None}
-        yield f"{path}:{reader.line_num}", fields
-
-
-def _from_datasets(name: str, **options: Any) -> Iterator[tuple[str, Any]]:
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    name, _, split = name.partition(":")
-    try:
-        loaded = datasets.load_dataset(name, split=split or "train", **options)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(
-            f"{options.get('data_files', name)}: cannot be loaded by the datasets library: {error}"
-        ) from None
-    where = options.get("data_files", name)
-    yield from ((f"{where}, row {i}", raw) for i, raw in enumerate(loaded, 1))
 
 
 def _row(raw: Any, source: str, completions: bool) -> Row:
