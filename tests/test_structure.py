@@ -11,7 +11,7 @@ import foreword
 PACKAGE = Path(foreword.__file__).parent
 LEVELS = [
     ["errors"],
-    ["config", "fingerprint", "kernels", "prefix", "sources"],
+    ["config", "fingerprint", "kernels", "prefix", "scores", "sources"],
     ["attention", "data", "models", "options", "reparameterization", "runs", "store"],
     ["attachment", "initialization"],
     ["completion"],
