@@ -10,12 +10,32 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .attachment import attach
-from .data import IGNORED, Batch, Row, prompt_ids
+from .data import IGNORED, Batch, Example, Row, collate, completion_row, prompt_ids
+from .data import encode as encode_completions
 from .prefix import Prefix
 
-__all__ = ["METRICS", "answer", "completion_loss", "measure"]
+__all__ = ["METRICS", "answer", "completion_loss", "encode", "loss", "measure", "options", "row"]
 
 METRICS = {"exact_match": "exact match %", "rouge_l": "ROUGE-L", "bleu": "BLEU"}
+
+
+row = completion_row
+
+
+def encode(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    about: dict[str, Any],
+    max_length: int,
+    skip_bad: bool = False,
+) -> tuple[list[Example], list[str]]:
+    """Rows as token ids, rendered by the chat template in `about`."""
+    return encode_completions(rows, tokenizer, about["template"], max_length, skip_bad)
+
+
+def loss(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
+    """The summed loss of the rows."""
+    return completion_loss(model, collate(examples, model.device))
 
 
 def completion_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -28,6 +48,17 @@ def completion_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     )
 
 
+def options(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, prefix: Prefix, max_new_tokens: int | None
+) -> dict[str, Any]:
+    """How to answer when measuring: with the prefix's template, half as long again as the longest right answer."""
+    if max_new_tokens is None:
+        longest = max(len(tokenizer(text)["input_ids"]) for row in rows for text in row.answers)
+        max_new_tokens = longest + longest // 2
+    template = prefix.metadata.get("template", tokenizer.chat_template)
+    return {"templates": [template] * len(rows), "max_new_tokens": max_new_tokens}
+
+
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -36,7 +67,7 @@ def answer(
     *,
     templates: Sequence[str | None] | None = None,
     batch_size: int = 32,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     on_rows: Callable[[int], None] | None = None,
     **generation: Any,
 ) -> list[str]:
@@ -44,6 +75,7 @@ def answer(
 
     Args:
         templates: each row's chat template; by default that of its prefix, else the tokenizer's.
+        max_new_tokens: where an answer is cut, by default at 256.
         generation: further options of `generate`, for example `do_sample=True, temperature=0.7`. Greedy by default.
     """
     if templates is None:
@@ -54,7 +86,7 @@ def answer(
     options = {"do_sample": False, "num_beams": 1} | generation
     # The checkpoint's own sampling settings do not apply to a measurement.
     settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad, **options
+        max_new_tokens=max_new_tokens or 256, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad, **options
     )
     answers = [""] * len(rows)
     # Rows of one prefix side by side, as they tend to end together; then by length, for little padding.

@@ -66,9 +66,11 @@ def initialize(
         ids = tokenizer(config.init_text)["input_ids"]
     else:
         ids = demonstrate(examples, config.num_demonstrations)
+    if any(site.kind == "encoder" for site in attention_sites(model)):  # what it reads depends on all of the text
+        return text_prefix(model, _at_least(ids, config.num_virtual_tokens)[: config.num_virtual_tokens])
     further = examples[config.num_demonstrations :][:_FURTHER_ROWS] or examples
     prefix = compact_prefix(model, ids, [(e.input_ids, e.prompt_length) for e in further], config.num_virtual_tokens)
-    if config.initialization == "demonstrations":
+    if config.initialization != "text":
         prefix.metadata["demonstrations"] = list(ids)
     return prefix
 
@@ -136,12 +138,7 @@ def compact_prefix(
     Raises:
         ConfigError: the text has fewer than P tokens.
     """
-    if len(input_ids) < num_virtual_tokens:
-        raise ConfigError(
-            f"{num_virtual_tokens} virtual tokens cannot start from a text of {len(input_ids)} tokens. "
-            f"Ask for at most {len(input_ids)} virtual tokens, or start from more demonstrations or a longer text."
-        )
-    if len(input_ids) == num_virtual_tokens:
+    if len(_at_least(input_ids, num_virtual_tokens)) == num_virtual_tokens:
         return text_prefix(model, input_ids)
     text_ids = _batch_of_one(model, input_ids)
     text = _observe(model, text_ids)
@@ -169,6 +166,15 @@ def compact_prefix(
     return _prefix(
         model, [SiteTensors(k.transpose(0, 1), v.transpose(0, 1)) for k, v in zip(keys, values, strict=True)]
     )
+
+
+def _at_least(input_ids: Sequence[int], num_virtual_tokens: int) -> Sequence[int]:
+    if len(input_ids) < num_virtual_tokens:
+        raise ConfigError(
+            f"{num_virtual_tokens} virtual tokens cannot start from a text of {len(input_ids)} tokens. "
+            f"Ask for at most {len(input_ids)} virtual tokens, or start from more demonstrations or a longer text."
+        )
+    return input_ids
 
 
 # ------------------------------------------------------------------------------------------------------- observation

@@ -1,8 +1,9 @@
 """The training loop. One loop for every device and any number of processes; the base is frozen and never prepared.
 
 What is trained is small enough to be one matrix, so processes need no wrapper around the model: each runs its share of
-every batch, and the gradients of that one matrix are added up. The loss is a mean over the completion tokens of the
-whole batch, so the result does not depend on how a batch is split into micro-batches or over processes.
+every batch, and the gradients of that one matrix, and of a task's head, are added up. The loss is a mean over the labels
+of the whole batch (completion tokens, rows, words), so the result does not depend on how a batch is split into
+micro-batches or over processes.
 """
 
 import math
@@ -20,9 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .attachment import attach
-from .completion import completion_loss
 from .config import TrainConfig
-from .data import Example, collate, schedule
+from .data import Example, schedule
 from .errors import ConfigError
 from .prefix import Prefix
 from .reparameterization import Reparameterization
@@ -44,11 +44,11 @@ class Progress(NamedTuple):
 class _State:
     """What a checkpoint holds besides parameters and optimizer."""
 
-    def __init__(self, matrix: Tensor) -> None:
+    def __init__(self, best: list[Tensor]) -> None:
         self.step = 0
         self.best_step = 0
         self.best_loss = math.inf
-        self.best_matrix = matrix
+        self.best = best
         self.evaluations_since_best = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -64,16 +64,20 @@ class Trainer:
     def __init__(
         self,
         model: PreTrainedModel,
+        loss: Callable[[PreTrainedModel, Sequence[Example]], Tensor],
         reparameterization: Reparameterization,
         config: TrainConfig,
         accelerator: Accelerator,
         folder: RunFolder | None,
     ) -> None:
-        self.model, self.config, self.accelerator, self.folder = model, config, accelerator, folder
+        self.model, self.loss, self.config, self.accelerator, self.folder = model, loss, config, accelerator, folder
         self.prefix = reparameterization.to(model.device)
-        optimizer = torch.optim.AdamW(self.prefix.parameters(), lr=config.learning_rate, weight_decay=0.0)
+        head = list(self.prefix.head_parameters)
+        own = [parameter for parameter in self.prefix.parameters() if all(parameter is not h for h in head)]
+        groups = [{"params": own, "peak": config.learning_rate}, {"params": head, "peak": config.head_learning_rate}]
+        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
         self.optimizer = accelerator.prepare(optimizer)
-        self.state = _State(self.prefix.matrix().detach().clone())
+        self.state = _State(self.prefix.snapshot())
         accelerator.register_for_checkpointing(self.prefix, self.state)
         self.tracked = config.tracker is not None
         if self.tracked:
@@ -81,7 +85,7 @@ class Trainer:
 
     def best(self) -> Prefix:
         """The best prefix so far, as plain tensors."""
-        return self.prefix.fold(self.state.best_matrix)
+        return self.prefix.fold(self.state.best)
 
     def run(
         self, rows: Sequence[Example], held_out: Sequence[Example], on_step: Callable[[Progress], None] | None
@@ -115,16 +119,16 @@ class Trainer:
         """One optimizer step on one batch, of which this process runs its share."""
         began = time.perf_counter()
         accelerator, config, state = self.accelerator, self.config, self.state
-        learning_rate = config.learning_rate * (1 - state.step / config.steps)
+        left = 1 - state.step / config.steps
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        labels = sum(len(e.input_ids) - e.prompt_length for e in examples)
+            group["lr"] = group["peak"] * left
+        labels = sum(example.units for example in examples)
         losses = torch.zeros((), device=self.model.device)
         parts = _parts(examples, config.micro_batches * accelerator.num_processes)
         self.optimizer.zero_grad()
         with self.prefix.once(lambda gradient: self._sum(gradient) / labels):
             for part in parts[accelerator.process_index :: accelerator.num_processes]:
-                loss = completion_loss(self.model, collate(part, self.model.device))
+                loss = self.loss(self.model, part)
                 loss.backward()
                 losses += loss.detach()
         self.optimizer.step()
@@ -136,18 +140,18 @@ class Trainer:
                 "or train in float32."
             )
         tokens = sum(len(e.input_ids) for e in examples)
-        return Progress(state.step, loss, learning_rate, tokens / (time.perf_counter() - began), None)
+        return Progress(state.step, loss, config.learning_rate * left, tokens / (time.perf_counter() - began), None)
 
     @torch.no_grad()
     def _evaluate(self, held_out: Sequence[Example]) -> float:
-        """Mean loss per completion token on the held-out rows; keeps the prefix if it is the best."""
+        """Mean loss per label on the held-out rows; keeps the prefix if it is the best."""
         rank, world, size = self.accelerator.process_index, self.accelerator.num_processes, self.config.batch_size
         by_length = sorted(held_out, key=lambda example: len(example.input_ids))
         batches = [by_length[i : i + size] for i in range(0, len(by_length), size)]
         total = torch.zeros((), device=self.model.device)
         for batch in batches[rank::world]:
-            total += completion_loss(self.model, collate(batch, self.model.device))
-        loss = float(self._sum(total)) / sum(len(e.input_ids) - e.prompt_length for e in held_out)
+            total += self.loss(self.model, batch)
+        loss = float(self._sum(total)) / sum(example.units for example in held_out)
         self._keep(loss)
         return loss
 
@@ -155,7 +159,7 @@ class Trainer:
         state = self.state
         if loss < state.best_loss or math.isinf(loss):
             state.best_loss, state.best_step, state.evaluations_since_best = loss, state.step, 0
-            state.best_matrix = self.prefix.matrix().detach().clone()
+            state.best = self.prefix.snapshot()
         else:
             state.evaluations_since_best += 1
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,18 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .attention import position_limit
+from .attention import position_limit, takes_positions
 from .config import PrefixConfig, TrainConfig
-from .data import Data, Example, encode, read_rows, schedule
+from .data import Data, Example, schedule
 from .errors import ConfigError, DataError
+from .heads import head_tensors
 from .initialization import initialize
 from .loop import Progress, Trainer
 from .prefix import Prefix
 from .reparameterization import Reparameterization
 from .runs import RunFolder
 from .store import load, save
+from .tasks import TASKS, check_model, read
 
 __all__ = ["train"]
 
@@ -39,10 +41,13 @@ def train(
     overwrite: bool = False,
     on_step: Callable[[Progress], None] | None = None,
 ) -> Prefix:
-    """Train a prefix for `model` on rows of prompt and completion. The model itself stays as it is.
+    """Train a prefix for `model` on rows of prompt and completion, or of another task. The model itself stays as it is.
+
+    With `config.task` of a task that needs a head, the head is trained together with the prefix and kept with it.
 
     Args:
-        model: a causal language model.
+        model: a causal language model, or one with the head of the task and its labels (see `load_base`). Training
+            starts from the head that it has.
         tokenizer: its tokenizer. Its chat template, if it has one, is applied and kept with the prefix.
         data: a file, a data set's name, or dictionaries (see `data.read_rows`).
         prefix: the prefix to make.
@@ -59,7 +64,7 @@ def train(
 
     Raises:
         DataError: a row cannot be used. Before training starts.
-        ConfigError: options contradict each other or the earlier run.
+        ConfigError: options contradict each other or the earlier run, or the model has not the task's head.
         UnsupportedModelError: the model cannot carry a prefix.
 
     The method: Li & Liang 2021, *Prefix-Tuning*, with keys and values trained directly and started from demonstrations.
@@ -69,8 +74,13 @@ def train(
         >>> prefix = train(model, tokenizer, rows)  # doctest: +SKIP
     """
     prefix, config = prefix or PrefixConfig(), config or TrainConfig()
+    task = TASKS[config.task]
+    if prefix.initialization is None:
+        prefix = replace(prefix, initialization=task.initialization)
+    check_model(config.task, model)
     _check_tracker(config.tracker)
-    rows, held_out_rows, skipped = _examples(model, tokenizer, data, held_out, prefix, config)
+    about = task.about(model, tokenizer)
+    rows, held_out_rows, skipped = _examples(model, tokenizer, data, held_out, prefix, config, about)
     accelerator = Accelerator(cpu=model.device.type == "cpu", log_with=config.tracker, project_dir=run)
     asked = {"prefix": asdict(prefix), "train": asdict(config), "data": _digest([*rows, *held_out_rows])}
     folder = None
@@ -80,11 +90,12 @@ def train(
         raise ConfigError("resume needs the run folder of the run to go on with.")
     with _frozen(model):
         start = _start(model, tokenizer, rows, prefix, config, folder)
-        trainer = Trainer(model, Reparameterization(start, prefix, config.seed), config, accelerator, folder)
+        reparameterization = Reparameterization(start, prefix, config.seed)
+        trainer = Trainer(model, task.loss, reparameterization, config, accelerator, folder)
         seconds = trainer.run(rows, held_out_rows, on_step)
     result = trainer.best()
+    result.metadata |= {"task": config.task} | about
     result.metadata |= {
-        "template": tokenizer.chat_template,
         "training": asked
         | {
             "rows": len(rows),
@@ -110,20 +121,21 @@ def _examples(
     held_out: Any,
     prefix: PrefixConfig,
     config: TrainConfig,
+    about: dict[str, Any],
 ) -> tuple[list[Example], list[Example], int]:
     """Training rows, held-out rows, and how many rows were left out."""
-    limit = position_limit(model)
-    max_length = config.max_length if limit is None else min(config.max_length, limit - prefix.num_virtual_tokens)
+    task, limit = TASKS[config.task], position_limit(model)
+    room = None if limit is None else limit - prefix.num_virtual_tokens * takes_positions(model)
+    max_length = config.max_length if room is None else min(config.max_length, room)
 
-    def read(source: Any) -> tuple[list[Example], int]:
-        rows, bad = read_rows(source, skip_bad=config.skip_bad_rows)
-        template: Any = tokenizer.chat_template
-        examples, long = encode(rows, tokenizer, template, max_length, config.skip_bad_rows)
+    def encoded(source: Any) -> tuple[list[Example], int]:
+        rows, bad = read(task, source, skip_bad=config.skip_bad_rows)
+        examples, long = task.encode(rows, tokenizer, about, max_length, config.skip_bad_rows)
         return examples, len(bad) + len(long)
 
-    examples, skipped = read(data)
+    examples, skipped = encoded(data)
     if held_out is not None:
-        aside, more = read(held_out)
+        aside, more = encoded(held_out)
         return examples, aside, skipped + more
     shuffled = [i for batch in schedule([0] * len(examples), 1, config.seed, epoch=-1) for i in batch]
     count = min(round(config.held_out_fraction * len(examples)), 64)
@@ -144,7 +156,9 @@ def _check_tracker(name: str | None) -> None:
 
 
 def _digest(examples: Sequence[Example]) -> str:
-    text = json.dumps([[e.prompt_length, *e.input_ids] for e in examples])
+    text = json.dumps(
+        [[e.prompt_length, *e.input_ids, *([] if e.labels is None else [list(e.labels)])] for e in examples]
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -152,6 +166,8 @@ def _start(model, tokenizer, rows: Sequence[Example], prefix: PrefixConfig, conf
     if folder is not None and folder.newest_checkpoint() is not None:
         return load(folder.start_file)
     start = initialize(model, tokenizer, rows, prefix, config.seed)
+    if TASKS[config.task].has_head:
+        start = start.with_head(head_tensors(model))
     if folder is not None:
         save(start, folder.start_file)
     return start
