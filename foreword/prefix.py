@@ -88,8 +88,9 @@ class Prefix(nn.Module):
         self.values = nn.ParameterList([t.value for t in site_tensors])
         gates = [t.gate for t in site_tensors if t.gate is not None]
         self.gates = nn.ParameterList(gates) if gates else None
-        self._head_names = tuple(head or ())  # a ParameterDict would not take the dots in them
-        self._head = nn.ParameterList(head.values()) if head else None
+        named = sorted((head or {}).items())  # in one order, as it is made and as it is loaded
+        self._head_names = tuple(name for name, _ in named)  # a ParameterDict would not take the dots in them
+        self._head = nn.ParameterList([tensor for _, tensor in named]) if named else None
 
     def _check(self, tensors: list[SiteTensors]) -> None:
         if not self.sites or len(self.sites) != len(tensors):
