@@ -16,8 +16,8 @@ from typing import Any
 import transformers
 
 from foreword import load_base, text_prefix
+from foreword.completion import answer, measure
 from foreword.data import Row, encode, read_rows
-from foreword.evaluation import answer, measure
 from foreword.initialization import demonstrate
 
 

@@ -18,7 +18,7 @@ from .attention import AttentionCall, intercept
 from .errors import ConfigError, ForewordError, UnsupportedModelError
 from .prefix import AttentionSite
 
-__all__ = ["Stack", "attention_sites", "position_limit", "sample_inputs", "stacks", "text_stack"]
+__all__ = ["Stack", "attention_sites", "sample_inputs", "stacks", "text_room", "text_stack"]
 
 _TOKEN, _TOKENS, _DECODER_TOKENS = 5, 4, 3  # two lengths, so that cross-attention shows itself
 
@@ -89,9 +89,11 @@ def text_stack(model: PreTrainedModel) -> Stack:
     return first
 
 
-def position_limit(model: PreTrainedModel) -> int | None:
-    """How many positions the model has learned, if it learned any: prefix and text must fit in."""
-    return min((s.position_limit for s in stacks(model) if s.position_limit is not None), default=None)
+def text_room(model: PreTrainedModel, num_virtual_tokens: int = 0) -> int | None:
+    """How many tokens a text may have beside a prefix, if the model has learned so many positions and no more."""
+    limited = [stack for stack in stacks(model) if stack.position_limit is not None]
+    rooms = [(s.position_limit or 0) - num_virtual_tokens * s.takes_positions for s in limited]
+    return min(rooms, default=None)
 
 
 def sample_inputs(model: PreTrainedModel, length: int, generator: torch.Generator) -> dict[str, Any]:

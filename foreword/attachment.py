@@ -30,6 +30,9 @@ class PrefixSource(Protocol):
     position_offset: int
     base: dict[str, Any]
 
+    @property
+    def head(self) -> dict[str, Tensor] | None: ...
+
     def tensors(self) -> list[SiteTensors]: ...
 
 
@@ -45,13 +48,15 @@ def attach(model: PreTrainedModel, prefix: PrefixSource | Sequence[PrefixSource 
             as long (beams, several return sequences) repeats each entry k times, as `generate` does. Swap prefixes
             later with `Attachment.use`.
 
+    A prefix with a trained head lends it to the model until it is detached; the model's own parameters stay as they are.
+
     Without `position_ids`, rows are placed as their `attention_mask` says: the first real token of each row has
     position `prefix.position_offset`, however the row is padded.
 
     Raises:
         ModelMismatchError: the prefix was made for another model.
         UnsupportedModelError: the model cannot carry a prefix.
-        ConfigError: the model has prefixes attached already.
+        ConfigError: the model has prefixes attached already, or the rows' prefixes have different heads.
 
     Example:
         >>> import torch, foreword
@@ -75,7 +80,8 @@ class Attachment:
         self._parts: dict[str, list[PrefixPart]] = {}
         self._batch: dict[str, int] = {}  # rows that each site's parts were laid out for, where rows differ
         self._checked: WeakSet[Any] = WeakSet()  # not their ids, which are used again once a prefix is gone
-        self.use(prefix)
+        self._own_head: dict[str, nn.Parameter] = {}  # what the prefix's head stands in for
+        self._choose(prefix)
         undo = install(model, {model.get_submodule(name): partial(self._attend, name) for name in self._sites})
         hooks = [
             model.get_submodule(stack.name).register_forward_pre_hook(
@@ -90,9 +96,14 @@ class Attachment:
             undo()
 
         self._undo: Callable[[], None] | None = undo_all
+        self._lend_head()
 
     def use(self, prefix: PrefixSource | Sequence[PrefixSource | None]) -> None:
         """From the next forward pass on, see this prefix, or these: one prefix or `None` for each row."""
+        self._choose(prefix)
+        self._lend_head()
+
+    def _choose(self, prefix: PrefixSource | Sequence[PrefixSource | None]) -> None:
         rows = list(prefix) if isinstance(prefix, Sequence) else [prefix]
         if not rows:
             raise ConfigError("An empty list of prefixes: expected one prefix or None for each row of the batch.")
@@ -102,12 +113,15 @@ class Attachment:
         number = {id(source): i for i, source in enumerate(self._sources)}
         self._rows = [-1 if source is None else number[id(source)] for source in rows]
         self._shared = not isinstance(prefix, Sequence)
+        self._head_source = _head_source(rows)
 
     def detach(self) -> None:
         """Make the model itself again. May be called twice."""
         if self._undo is not None:
             self._undo()
             self._undo = None
+            self._head_source = None
+            self._lend_head()
 
     def __enter__(self) -> "Attachment":
         return self
@@ -128,7 +142,24 @@ class Attachment:
                 )
         if "fingerprint" in source.base:
             check_fingerprint(source.base["fingerprint"], self.model, name)
+        own = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
+        for parameter, tensor in (source.head or {}).items():
+            if own.get(parameter) != tuple(tensor.shape):
+                raise ModelMismatchError(
+                    f"The prefix has a trained head with {parameter} {tuple(tensor.shape)}, but {type(self.model).__name__} "
+                    f"has {own.get(parameter, 'no such parameter')}. Load the base with the head of the prefix's task and "
+                    "as many labels: foreword.load_base(..., task=..., labels=[...])."
+                )
         self._checked.add(source)
+
+    def _lend_head(self) -> None:
+        """Put the chosen prefix's head in the place of the model's own, or put the model's own back."""
+        head = {} if self._head_source is None else self._head_source.head or {}
+        for name in {**self._own_head, **head}:
+            owner, _, attribute = name.rpartition(".")
+            slots: dict[str, Any] = self.model.get_submodule(owner)._parameters
+            own = self._own_head.setdefault(name, slots[attribute])
+            slots[attribute] = head[name].to(own.device, own.dtype) if name in head else self._own_head.pop(name)
 
     # What happens in a stack's forward: positions are shifted and prefixes laid out once, then each site attends.
 
@@ -148,6 +179,8 @@ class Attachment:
         else:
             rows = torch.tensor(self._rows, device=tokens.device).repeat_interleave(batch // len(self._rows))
         self._lay_out(stack, rows)
+        if self._head_source is not None:  # it may have been trained since, and stand in the model in another precision
+            self._lend_head()
         if not stack.takes_positions:
             return args, kwargs
         offsets = [source.position_offset for source in self._sources]
@@ -215,6 +248,22 @@ class Attachment:
             new = key.shape[2] - length
             changes = {"position_bias": pad(position_bias[..., :length], (new, 0))}
         return call.run(key=key, value=value, mask=mask, **changes)
+
+
+def _head_source(rows: Sequence[PrefixSource | None]) -> PrefixSource | None:
+    """A prefix with the head that all rows share, if they have one."""
+    sources = list({id(source): source for source in rows}.values())
+    first, *others = [None if source is None else source.head for source in sources]
+    for other in others:
+        same = first is None and other is None
+        if first is not None and other is not None:
+            same = first.keys() == other.keys() and all(torch.equal(first[name], other[name]) for name in first)
+        if not same:
+            raise ConfigError(
+                "The rows of one batch have prefixes with different heads, or some have none; a model has one head at a "
+                "time. Put the rows of each prefix in a batch of their own."
+            )
+    return None if first is None else sources[0]
 
 
 def _positions(given: dict[str, Any], length: int, device: torch.device) -> Tensor:

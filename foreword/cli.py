@@ -13,12 +13,14 @@ from rich.markup import escape
 
 from . import __version__
 from .console import counting, err, human_bytes, out, table, training_bar
-from .errors import ConfigError, DataError, ForewordError, PrefixFileError
+from .errors import ConfigError, DataError, ForewordError
+from .listing import Json, PrefixFile, list_, show
 from .options import read_options, with_flags
 
 if TYPE_CHECKING:
     from .models import Base
     from .prefix import Prefix
+    from .tasks import Task
 
 __all__ = ["app", "main"]
 
@@ -30,13 +32,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-PrefixFile = Annotated[
-    Path, typer.Argument(metavar="PREFIX", help="A prefix file (*.safetensors).", show_default=False)
-]
 Model = Annotated[
-    str | None, typer.Option(help="The base: a folder, a Hugging Face id, or `smollm2`.", show_default="as in the file")
+    str | None,
+    typer.Option(help="The base: a folder, a Hugging Face id, `smollm2` or `minilm`.", show_default="as in the file"),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Where an answer is cut.", show_default=False)]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows answered at a time.")]
 Device = Annotated[str | None, typer.Option(help="For example cpu or cuda:1.", show_default="the accelerator")]
@@ -52,17 +51,27 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run and start over.")] = False,
     **given: Any,
 ) -> None:
-    """Train a prefix on rows of prompt and completion.
+    """Train a prefix on rows of prompt and completion, or of the task given.
 
-    A row is {"prompt": ..., "completion": ...} or {"messages": [...]}.
+    A row is {"prompt": ..., "completion": ...} or {"messages": [...]}; see --task for others.
     """
     job, prefix_config, train_config = read_options(config, given)
     from .store import check_writable, save
+    from .tasks import TASKS, find_labels
     from .training import train
 
     check_writable(job.out)
     run = job.out.with_suffix(".run")
-    base = _load_base(job.model, job.device, job.trust_remote_code, job.precision)
+    labels = find_labels(TASKS[train_config.task], job.data, train_config.skip_bad_rows)
+    base = _load_base(
+        job.model,
+        job.device,
+        job.trust_remote_code,
+        precision=job.precision,
+        task=train_config.task,
+        labels=labels,
+        seed=train_config.seed,
+    )
     try:
         with training_bar(train_config.steps) as show:
             prefix = train(
@@ -86,8 +95,9 @@ def train(
         err.print(f"Left out {training['skipped_rows']} bad rows.")
     share = prefix.num_parameters / base.model.num_parameters()
     loss = training["held_out_loss"]
+    head = "" if prefix.head is None else f", {sum(t.numel() for t in prefix.head.values()):,} of them the head's,"
     out.print(
-        f"{job.out}: {prefix.num_virtual_tokens} virtual tokens, {prefix.num_parameters:,} parameters "
+        f"{job.out}: {prefix.num_virtual_tokens} virtual tokens, {prefix.num_parameters:,} parameters{head} "
         f"({share:.3%} of the model), {human_bytes(job.out.stat().st_size)}"
         + ("" if loss is None else f", held-out loss {loss:.4f} at step {training['best_step']}")
         + f", {training['seconds']:.0f} s. Loss curve: {run / 'loss.png'}"
@@ -107,6 +117,12 @@ def evaluate(
     ] = None,
     answers: Annotated[Path | None, typer.Option(help="Write every answer to this JSONL file.")] = None,
     record: Annotated[bool, typer.Option("--record", help="Keep the figures in the prefix file.")] = False,
+    confusion: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the confusion matrix of labels is drawn.", show_default="beside the prefix, *.confusion.png"
+        ),
+    ] = None,
     max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = 32,
     device: Device = None,
@@ -114,24 +130,28 @@ def evaluate(
     skip_bad_rows: SkipBadRows = False,
     as_json: Json = False,
 ) -> None:
-    """Measure a prefix on rows, beside the base alone and the base prompted with the prefix's demonstrations."""
-    from .data import read_rows
-    from .evaluation import METRICS, evaluate
+    """Measure a prefix on rows, beside the base alone and the base prompted with the prefix's demonstrations.
+
+    A prefix with a head is measured alone; its labels' confusion matrix is drawn.
+    """
+    from .evaluation import contestants, evaluate
+    from .scores import draw_confusion
     from .store import load, save
+    from .tasks import read, task_of
 
     loaded = load(prefix)
-    rows, bad = read_rows(data, skip_bad=skip_bad_rows)
-    contestants = ["base", "demonstrations"] if loaded.metadata.get("demonstrations") else ["base"]
-    if compare is not None:
-        contestants = [name for name in compare if name != "none"]
-    base = _load_base(model or loaded.base["name"], device, trust_remote_code)
-    with counting("evaluate", len(rows) * (1 + len(contestants))) as count:
+    task, asked = task_of(loaded), contestants(loaded, compare and [name for name in compare if name != "none"])
+    if confusion is not None and task.labels is None:
+        raise ConfigError("--confusion: this prefix answers with no labels, so there is no confusion matrix.")
+    rows, bad = read(task, data, skip_bad=skip_bad_rows)
+    base = _load_base(model or loaded.base["name"], device, trust_remote_code, **_head_of(loaded))
+    with counting("evaluate", len(rows) * (1 + len(asked))) as count:
         result = evaluate(
             base.model,
             base.tokenizer,
             rows,
             loaded,
-            compare=contestants,
+            compare=asked,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             on_rows=count,
@@ -143,15 +163,20 @@ def evaluate(
     if record:
         loaded.metadata["evaluation"] = {"data": data, "rows": len(rows), "metrics": result.metrics}
         save(loaded, prefix)
+    details = result.details["prefix"]
+    if "confusion" in details:
+        confusion = confusion or prefix.with_suffix(".confusion.png")
+        draw_confusion(**details["confusion"], path=confusion)
     if as_json:
-        out.print_json(
-            data={"prefix": str(prefix), "rows": len(rows), "skipped_rows": len(bad), "metrics": result.metrics}
-        )
+        told = {"prefix": str(prefix), "rows": len(rows), "skipped_rows": len(bad), "metrics": result.metrics}
+        out.print_json(data=told | ({"details": details} if details else {}))
         return
     if bad:
         err.print(f"Left out {len(bad)} bad rows.")
-    body = [[name, *(figures[key] for key in METRICS)] for name, figures in result.metrics.items()]
-    out.print(table([f"{len(rows)} rows", *METRICS.values()], body))
+    body = [[name, *(figures[key] for key in task.metrics)] for name, figures in result.metrics.items()]
+    out.print(table([f"{len(rows)} rows", *task.metrics.values()], body))
+    if "confusion" in details:
+        err.print(f"Confusion matrix: {confusion}")
 
 
 @app.command()
@@ -162,7 +187,7 @@ def generate(
         list[Path] | None, typer.Option(help="A prefix file. Repeatable: each answers, all in one batch.")
     ] = None,
     model: Model = None,
-    max_new_tokens: MaxNewTokens = 256,
+    max_new_tokens: MaxNewTokens = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
     batch_size: BatchSize = 32,
@@ -172,113 +197,53 @@ def generate(
     """Answer a prompt, or every row of a file, with one or more prefixes, or with the base alone.
 
     A row may name its own prefix in a field "prefix": the stem of one of the files given. Answers to rows are printed
-    as JSON lines.
+    as JSON lines. A prefix with a head answers with its label, a label for each word, or a stretch of the row's context.
     """
     if (prompt is None) == (rows is None):
         raise ConfigError("Give either a prompt, or rows with --rows FILE.")
     if not prefix and model is None:
         raise ConfigError("Give a prefix with --prefix FILE, or a model with --model to answer without one.")
-    from .data import Row, read_rows
-    from .evaluation import answer
     from .store import load
+    from .tasks import read
 
     loaded: dict[str, Prefix | None] = {path.stem: load(path) for path in prefix or []}
     if len(loaded) < len(prefix or []):
         raise ConfigError("Two prefix files have the same name; rename one.")
-    asked = [Row(({"role": "user", "content": prompt},), None, "prompt")] if prompt else []
-    if rows is not None:
-        asked, _ = read_rows(rows, completions=False)
-    pairs: list[tuple[Row, str | None]] = []
+    task, head = _common_task(loaded)
+    asked, _ = read(task, rows if rows is not None else [task.prompt(prompt or "")], answers=False)
+    pairs: list[tuple[Any, str | None]] = []
     for row in asked:
         if row.prefix is not None and row.prefix not in loaded:
             raise DataError(
                 f"{row.source}: prefix {row.prefix!r} is none of those given: {', '.join(loaded) or 'none'}."
             )
         pairs += [(row, name) for name in ([row.prefix] if row.prefix is not None else list(loaded) or [None])]
-    base = _load_base(model or _common_base(loaded), device, trust_remote_code)
+    base = _load_base(model or _common_base(loaded), device, trust_remote_code, **head)
     sampling: dict[str, Any] = {}
     if temperature > 0:
         from transformers import set_seed
 
         set_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature}
-    texts = answer(
+    answers = task.answer(
         base.model,
         base.tokenizer,
         [row for row, _ in pairs],
         [loaded[name] if name is not None else None for _, name in pairs],
         batch_size=batch_size,
-        max_new_tokens=max_new_tokens or 256,
+        max_new_tokens=max_new_tokens,
         **sampling,
     )
-    for (row, name), text in zip(pairs, texts, strict=True):
+    for (row, name), found in zip(pairs, answers, strict=True):
         if rows is not None:
-            print(json.dumps({"prompt": row.prompt, "prefix": name, "completion": text}, ensure_ascii=False))
+            print(json.dumps(row.shown | {"prefix": name, task.answer_name: found}, ensure_ascii=False))
         else:
+            text = " ".join(found) if isinstance(found, list) else found
             print(f"{name}: {text}" if len(loaded) > 1 else text)
 
 
-@app.command("list")
-def list_(folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path("."), as_json: Json = False) -> None:
-    """List the prefixes in a folder."""
-    from .store import PrefixStore, read_header
-
-    store = PrefixStore(folder)
-    found = []
-    for name in store:
-        try:
-            about = _about(read_header(store.path(name)), store.path(name))
-        except PrefixFileError as error:
-            err.print(f"[yellow]passed over:[/] {error}")
-            continue
-        found.append({key: about[key] for key in ("name", "virtual_tokens", "bytes", "base")} | {"loss": _loss(about)})
-    if as_json:
-        out.print_json(data=found)
-    elif not found:
-        err.print(f"No prefixes in {folder}. Train one with foreword train.")
-    else:
-        body = [[p["name"], p["base"], p["virtual_tokens"], human_bytes(p["bytes"]), _shown(p["loss"])] for p in found]
-        out.print(table(["prefix", "base", "virtual tokens", "size", "held-out loss"], body))
-
-
-@app.command()
-def show(prefix: PrefixFile, as_json: Json = False) -> None:
-    """Show what a prefix file holds: shapes, bytes, base, positions, how it was trained, figures."""
-    from .store import load, read_header
-
-    about = _about(read_header(prefix), prefix)
-    loaded = load(prefix)
-    about["parameters"] = loaded.num_parameters
-    if as_json:
-        out.print_json(data=about)
-        return
-    training = about["training"]
-    asked = {**training.get("prefix", {}), **training.get("train", {})}
-    facts = {
-        "file": f"{prefix}, {human_bytes(about['bytes'])}, format version {about['version']}",
-        "base": about["base"],
-        "prefix": f"{about['virtual_tokens']} virtual tokens at {len(loaded.sites)} attention sites, "
-        f"{loaded.num_parameters:,} parameters" + (", gated" if loaded.gates is not None else ""),
-        "positions": f"real tokens start at position {loaded.position_offset}",
-        "prompts": "rendered by the chat template in the file" if about["template"] else "plain text",
-    }
-    if training:
-        facts["trained on"] = (
-            f"{training['rows']} rows, {training['held_out_rows']} held out, in {training['precision']}"
-        )
-        facts["trained with"] = ", ".join(f"{k}={v}" for k, v in asked.items() if v not in (None, False))
-        facts["training"] = f"{training['steps']} steps, {training['seconds']} s; best at step {training['best_step']}"
-        facts["held-out loss"] = _shown(training["held_out_loss"])
-    for name, figures in about["evaluation"].get("metrics", {}).items():
-        told = ", ".join(f"{key} {value}" for key, value in figures.items())
-        facts[f"figures, {name}"] = f"{told} ({about['evaluation']['rows']} rows of {about['evaluation']['data']})"
-    for name, fact in facts.items():
-        out.print(f"[bold]{name:22}[/] {fact}")
-    sites = [
-        [s.name, s.kind, list(t.key.shape), list(t.value.shape), s.sliding_window or "-"]
-        for s, t in zip(loaded.sites, loaded.tensors(), strict=True)
-    ]
-    out.print(table(["site", "kind", "keys", "values", "window"], sites))
+app.command("list")(list_)
+app.command()(show)
 
 
 @app.command()
@@ -301,7 +266,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-def _load_base(name: str, device: str | None, trust_remote_code: bool, precision: Any = "auto") -> "Base":
+def _load_base(name: str, device: str | None, trust_remote_code: bool, **options: Any) -> "Base":
     import transformers
 
     from .models import load_base
@@ -309,7 +274,25 @@ def _load_base(name: str, device: str | None, trust_remote_code: bool, precision
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with err.status(f"Loading {name}"):
-        return load_base(name, precision=precision, device=device, trust_remote_code=trust_remote_code)
+        return load_base(name, device=device, trust_remote_code=trust_remote_code, **options)
+
+
+def _head_of(prefix: "Prefix | None") -> dict[str, Any]:
+    """The options of `load_base` that load a base with the head of the prefix's task."""
+    if prefix is None or prefix.head is None:
+        return {}
+    return {"task": prefix.metadata["task"], "labels": prefix.metadata.get("labels")}
+
+
+def _common_task(prefixes: "dict[str, Prefix | None]") -> "tuple[Task, dict[str, Any]]":
+    """The task of all prefixes, and the options of `load_base` for it."""
+    from .tasks import task_of
+
+    found = [(task_of(prefix), _head_of(prefix)) for prefix in prefixes.values() or [None]]
+    for task, head in found[1:]:
+        if task is not found[0][0] or len(head.get("labels") or ()) != len(found[0][1].get("labels") or ()):
+            raise ConfigError("These prefixes are for different tasks, or have different labels. Use one at a time.")
+    return found[0]
 
 
 def _common_base(prefixes: "dict[str, Prefix | None]") -> str:
@@ -319,31 +302,6 @@ def _common_base(prefixes: "dict[str, Prefix | None]") -> str:
             f"These prefixes belong to different bases: {', '.join(sorted(names))}. Use one base at a time."
         )
     return names.pop()
-
-
-def _about(header: dict[str, Any], path: Path) -> dict[str, Any]:
-    metadata = header["metadata"]
-    return {
-        "name": path.stem,
-        "file": str(path),
-        "version": header["version"],
-        "bytes": path.stat().st_size,
-        "base": header["base"].get("name"),
-        "virtual_tokens": header["virtual_tokens"],
-        "position_offset": header["position_offset"],
-        "sites": header["sites"],
-        "template": metadata.get("template"),
-        "training": metadata.get("training", {}),
-        "evaluation": metadata.get("evaluation", {}),
-    }
-
-
-def _loss(about: dict[str, Any]) -> float | None:
-    return about["training"].get("held_out_loss")
-
-
-def _shown(loss: float | None) -> str:
-    return "-" if loss is None else f"{loss:.4f}"
 
 
 def main() -> None:

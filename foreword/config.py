@@ -5,7 +5,9 @@ from typing import Literal
 
 from .errors import ConfigError
 
-__all__ = ["PrefixConfig", "TrainConfig"]
+__all__ = ["PrefixConfig", "TaskName", "TrainConfig"]
+
+TaskName = Literal["completion", "classification", "token_classification", "question_answering"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,8 @@ class PrefixConfig:
         num_cross_virtual_tokens: P where a decoder attends to an encoder; by default the same. 0: no prefix there.
         initialization: where the first keys and values come from. `demonstrations`: training rows, compacted into
             `num_virtual_tokens`; `text`: `init_text`; `random`: keys and values drawn with the statistics of the
-            model's own; `noop`: random ones behind closed gates, so that step 0 equals the base exactly.
+            model's own; `noop`: random ones behind closed gates, so that step 0 equals the base exactly. By default
+            `demonstrations` for completions and `random` for tasks with a head.
         num_demonstrations: how many training rows the `demonstrations` start renders into context.
         init_text: the text for `text`, for example an instruction.
         freeze_first: keep the first virtual token as it starts, as an attention sink. `None`: exactly when the start
@@ -31,7 +34,7 @@ class PrefixConfig:
     num_virtual_tokens: int = 16
     num_encoder_virtual_tokens: int | None = None
     num_cross_virtual_tokens: int | None = None
-    initialization: Literal["demonstrations", "text", "random", "noop"] = "demonstrations"
+    initialization: Literal["demonstrations", "text", "random", "noop"] | None = None
     num_demonstrations: int = 3
     init_text: str | None = None
     freeze_first: bool | None = None
@@ -60,7 +63,7 @@ class PrefixConfig:
     def freezes_first(self) -> bool:
         """Whether the first virtual token stays as it starts."""
         if self.freeze_first is None:
-            return self.initialization in ("demonstrations", "text")
+            return self.initialization in ("demonstrations", "text", None)
         return self.freeze_first
 
 
@@ -69,10 +72,14 @@ class TrainConfig:
     """How to train.
 
     Args:
+        task: what the prefix is for. `completion`: rows of prompt and completion. `classification`: rows of `text` and
+            `label`; `token_classification`: rows of `tokens` and `labels`; `question_answering`: rows of `question`,
+            `context` and `answer`. For these three a head is trained with the prefix.
         steps: optimizer steps.
         batch_size: rows a step.
         micro_batches: into how many parts each batch is split, to save memory; the result is the same.
         learning_rate: of AdamW, at the first step; it falls linearly to zero.
+        head_learning_rate: the same for the head, where the task has one.
         max_length: tokens that a row may have.
         held_out_fraction: the share of the rows set aside to measure progress, at most 64 rows; unused where held-out
             rows are given.
@@ -84,10 +91,12 @@ class TrainConfig:
         tracker: a tracker of Accelerate's, such as `tensorboard` or `wandb`, to log to as well.
     """
 
+    task: TaskName = "completion"
     steps: int = 300
     batch_size: int = 4
     micro_batches: int = 1
     learning_rate: float = 3e-2
+    head_learning_rate: float = 3e-3
     max_length: int = 1024
     held_out_fraction: float = 0.1
     evaluate_every: int = 25
@@ -110,7 +119,8 @@ class TrainConfig:
         for name in counts:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate must be positive, got {self.learning_rate}.")
+        for name in ("learning_rate", "head_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}.")
         if not 0 <= self.held_out_fraction < 1:
             raise ConfigError(f"held_out_fraction must be at least 0 and below 1, got {self.held_out_fraction}.")

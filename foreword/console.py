@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from .training import Progress as TrainingProgress
+    from .loop import Progress as TrainingProgress
 
 __all__ = ["counting", "err", "human_bytes", "out", "table", "training_bar"]
 

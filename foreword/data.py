@@ -1,12 +1,10 @@
-"""Rows to token ids: reading files, checking each row, rendering the chat template, batching by length."""
+"""Rows to token ids: checking each row, rendering the chat template, batching by length."""
 
-import csv
-import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jinja2 import TemplateError
@@ -15,9 +13,28 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from .errors import DataError
+from .sources import raw_rows
 
-__all__ = ["IGNORED", "Batch", "Data", "Example", "Row", "collate", "encode", "prompt_ids", "read_rows", "schedule"]
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Data",
+    "Example",
+    "HeadRow",
+    "Row",
+    "collate",
+    "completion_row",
+    "encode",
+    "encode_each",
+    "prompt_ids",
+    "read_checked",
+    "read_rows",
+    "row_fields",
+    "row_text",
+    "schedule",
+]
 
+AnyRow = TypeVar("AnyRow")
 IGNORED = -100  # the label of a token that carries no loss
 _BUCKET_BATCHES = 16  # rows are sorted by length within this many batches
 
@@ -42,21 +59,67 @@ class Row:
         return self.messages[-1]["content"]
 
     @property
+    def shown(self) -> dict[str, Any]:
+        """The question, for output."""
+        return {"prompt": self.prompt}
+
+    @property
     def answers(self) -> list[str]:
         """All right answers: the references if there are any, else the completion."""
         return list(self.references) or [self.completion or ""]
 
 
-Data = str | Path | Iterable[dict[str, Any] | Row]
+@dataclass(frozen=True)
+class HeadRow:
+    """One row of a task with a head.
+
+    `inputs` are its fields: `text` and perhaps `text_pair`; `tokens`; `question` and `context`. `answer` is right: a
+    label, a label for each token, a text that starts at character `start` of the context. The rest as in `Row`.
+    """
+
+    inputs: dict[str, Any]
+    answer: Any
+    source: str
+    start: int | None = None
+    references: tuple[str, ...] = ()
+    prefix: str | None = None
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """The question, for output."""
+        return self.inputs
+
+    @property
+    def answers(self) -> list[Any]:
+        """All right answers: the references if there are any, else the answer."""
+        return list(self.references) or [self.answer]
+
+
+Data = str | Path | Iterable[dict[str, Any] | Row | HeadRow]
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row as token ids: prompt, then completion with the token that ends it."""
+    """A row as token ids: prompt, then completion with the token that ends it.
+
+    For a task with a head all of it is input, and `labels` holds what the head should say: for the row, for each token
+    (`IGNORED` where it says nothing), or the first and last token of the answer. `token_types` tells first text from second
+    where the tokenizer does; `spans` are the characters of the context behind each of its tokens.
+    """
 
     input_ids: tuple[int, ...]
     prompt_length: int
     source: str = field(default="", compare=False)
+    labels: tuple[int, ...] | None = None
+    token_types: tuple[int, ...] | None = None
+    spans: tuple[tuple[int, int] | None, ...] | None = field(default=None, compare=False)
+
+    @property
+    def units(self) -> int:
+        """How many labels carry loss: a row's loss is the sum over them."""
+        if self.labels is None:
+            return len(self.input_ids) - self.prompt_length
+        return sum(label != IGNORED for label in self.labels)
 
 
 @dataclass(frozen=True)
@@ -91,12 +154,19 @@ def read_rows(data: Data, *, completions: bool = True, skip_bad: bool = False) -
         >>> len(rows), skipped
         (1, ['row 2: no "completion" and no "messages"; the row has prompt.'])
     """
+    return read_checked(data, lambda raw, source: completion_row(raw, source, completions), skip_bad)
+
+
+def read_checked(
+    data: Data, check: Callable[[Any, str], AnyRow], skip_bad: bool = False
+) -> tuple[list[AnyRow], list[str]]:
+    """Rows of any kind, and the reasons for those left out; `check` makes a row of a raw one and its place."""
     rows, bad = [], []
-    for source, raw in _raw_rows(data):
+    for source, raw in raw_rows(data):
         try:
             if isinstance(raw, DataError):
                 raise raw
-            rows.append(_row(raw, source, completions))
+            rows.append(check(raw, source))
         except DataError as error:
             if not skip_bad:
                 raise DataError(f"{error} Mend the row, or leave bad rows out with --skip-bad-rows.") from None
@@ -107,71 +177,26 @@ def read_rows(data: Data, *, completions: bool = True, skip_bad: bool = False) -
     return rows, bad
 
 
-def _raw_rows(data: Data) -> Iterator[tuple[str, Any]]:
-    """Each raw row with where it stands; a `DataError` in place of a row that cannot be parsed."""
-    if not isinstance(data, str | Path):
-        yield from ((f"row {i}", row) for i, row in enumerate(data, 1))
-        return
-    path = Path(data)
-    if not path.exists():
-        if path.suffix or path.is_absolute():
-            raise DataError(f"{path}: no such file. Expected a .jsonl, .csv or .parquet file, or a data set's name.")
-        yield from _from_datasets(str(data))
-    elif path.suffix in (".jsonl", ".ndjson"):
-        yield from _from_jsonl(path)
-    elif path.suffix == ".csv":
-        yield from _from_csv(path)
-    elif path.suffix == ".parquet":
-        yield from _from_datasets("parquet", data_files=str(path))
-    else:
-        raise DataError(
-            f"{path}: cannot tell the format of a {path.suffix or 'nameless'} file. Use .jsonl, .csv or .parquet."
-        )
-
-
-def _from_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            yield where, json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            yield where, DataError(f"{where}: not UTF-8 (byte {error.start} of the line).")
-        except json.JSONDecodeError as error:
-            yield where, DataError(f"{where}: not JSON ({error.msg} at column {error.colno}).")
-
-
-def _from_csv(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        text = path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: not UTF-8. Save the file as UTF-8.") from None
-    reader = csv.DictReader(text.splitlines(keepends=True))
-    for raw in reader:
-        fields = {k: v for k, v in raw.items() if k is not None and v is not None}
-        yield f"{path}:{reader.line_num}", fields
-
-
-def _from_datasets(name: str, **options: Any) -> Iterator[tuple[str, Any]]:
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    name, _, split = name.partition(":")
-    try:
-        loaded = datasets.load_dataset(name, split=split or "train", **options)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(
-            f"{options.get('data_files', name)}: cannot be loaded by the datasets library: {error}"
-        ) from None
-    where = options.get("data_files", name)
-    yield from ((f"{where}, row {i}", raw) for i, raw in enumerate(loaded, 1))
-
-
-def _row(raw: Any, source: str, completions: bool) -> Row:
+def completion_row(raw: Any, source: str, completions: bool) -> Row:
+    """Check a row of prompt and completion, or of messages."""
     if isinstance(raw, Row):
         return raw
+    prefix, references = row_fields(raw, source)
+    if raw.get("messages") is not None:
+        messages = _messages(raw["messages"], source)
+        completion = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
+    else:
+        if "prompt" not in raw:
+            raise DataError(f'{source}: no "prompt" and no "messages"; the row has {_fields(raw)}.')
+        messages = [{"role": "user", "content": row_text(raw, "prompt", source)}]
+        completion = row_text(raw, "completion", source) if raw.get("completion") is not None else None
+    if completions and completion is None and not references:
+        raise DataError(f'{source}: no "completion" and no "messages"; the row has {_fields(raw)}.')
+    return Row(tuple(messages), completion or (references[0] if references else None), source, references, prefix)
+
+
+def row_fields(raw: Any, source: str) -> tuple[str | None, tuple[str, ...]]:
+    """What any row may have besides: the name of its prefix, and references."""
     if not isinstance(raw, dict):
         raise DataError(f"{source}: expected an object with fields, got {type(raw).__name__}.")
     prefix, references = raw.get("prefix"), raw.get("references") or []
@@ -181,19 +206,7 @@ def _row(raw: Any, source: str, completions: bool) -> Row:
         references = [references]
     if not isinstance(references, list) or not all(isinstance(r, str) and r.strip() for r in references):
         raise DataError(f'{source}: "references" must be a list of non-empty strings.')
-    if raw.get("messages") is not None:
-        messages = _messages(raw["messages"], source)
-        completion = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
-    else:
-        if "prompt" not in raw:
-            raise DataError(f'{source}: no "prompt" and no "messages"; the row has {_fields(raw)}.')
-        messages = [{"role": "user", "content": _text(raw, "prompt", source)}]
-        completion = _text(raw, "completion", source) if raw.get("completion") is not None else None
-    if completions and completion is None and not references:
-        raise DataError(f'{source}: no "completion" and no "messages"; the row has {_fields(raw)}.')
-    return Row(
-        tuple(messages), completion or (references[0] if references else None), source, tuple(references), prefix
-    )
+    return prefix, tuple(references)
 
 
 def _messages(messages: Any, source: str) -> list[dict[str, str]]:
@@ -202,13 +215,16 @@ def _messages(messages: Any, source: str) -> list[dict[str, str]]:
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(f'{source}: message {i + 1} must be an object with "role" and "content".')
-        _text(message, "content", f"{source}, message {i + 1}")
+        row_text(message, "content", f"{source}, message {i + 1}")
     if len(messages) == 1 and messages[0]["role"] == "assistant":
         raise DataError(f'{source}: "messages" has a completion but nothing before it.')
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
-def _text(raw: dict[str, Any], name: str, source: str) -> str:
+def row_text(raw: dict[str, Any], name: str, source: str) -> str:
+    """A field that must be a text with something in it."""
+    if name not in raw:
+        raise DataError(f'{source}: no "{name}"; the row has {_fields(raw)}.')
     value = raw.get(name)
     if not isinstance(value, str):
         raise DataError(f'{source}: "{name}" must be a string, got {type(value).__name__}.')
@@ -246,19 +262,33 @@ def encode(
     end: Any = tokenizer.eos_token_id
     if end is None:
         raise DataError(f"{type(tokenizer).__name__} has no end-of-sequence token, so no completion could ever end.")
-    examples, bad = [], []
-    for row in rows:
+
+    def one(row: Row) -> Example:
         prompt = prompt_ids(row, tokenizer, template)
         ids = prompt + _tokenize(tokenizer, _completion_text(row, tokenizer, template), special=False)
-        if ids[-1] != end:
-            ids.append(end)
-        if len(ids) <= max_length:
-            examples.append(Example(tuple(ids), len(prompt), row.source))
-            continue
-        reason = f"{row.source}: {len(ids)} tokens, more than max_length={max_length}."
-        if not skip_bad:
-            raise DataError(f"{reason} Raise --max-length, shorten the row, or leave it out with --skip-bad-rows.")
-        bad.append(reason)
+        return Example(tuple(ids if ids[-1] == end else [*ids, end]), len(prompt), row.source)
+
+    return encode_each(rows, one, max_length, skip_bad)
+
+
+def encode_each(
+    rows: Sequence[AnyRow], one: Callable[[AnyRow], Example], max_length: int, skip_bad: bool = False
+) -> tuple[list[Example], list[str]]:
+    """The rows that `one` can encode in at most `max_length` tokens, and the reasons for those left out."""
+    examples, bad = [], []
+    for row in rows:
+        try:
+            example = one(row)
+            if len(example.input_ids) > max_length:
+                size = f"{len(example.input_ids)} tokens, more than max_length={max_length}"
+                raise DataError(f"{example.source}: {size}. Raise --max-length, shorten the row.")
+            examples.append(example)
+        except DataError as error:
+            if not skip_bad:
+                raise DataError(
+                    f"{str(error).removesuffix('.')}, or leave it out (in training: --skip-bad-rows)."
+                ) from None
+            bad.append(str(error))
     if not examples:
         raise DataError(f"No row has at most max_length={max_length} tokens. Raise --max-length.")
     return examples, bad

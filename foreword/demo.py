@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 from rich.markup import escape
 
+from .completion import METRICS, answer
 from .config import PrefixConfig, TrainConfig
 from .console import counting, human_bytes, out, table, training_bar
 from .data import Row, read_rows
-from .evaluation import METRICS, Evaluation, answer, evaluate
+from .evaluation import Evaluation, evaluate
 from .fingerprint import digest
 from .models import Base
 from .prefix import Prefix

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .errors import ModelMismatchError
+from .heads import head_names
 
 __all__ = ["check_fingerprint", "digest", "fingerprint"]
 
@@ -23,6 +24,10 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
     Weights that are quantized or not in memory are left out. The sample survives a change of precision; a fine-tuned
     copy of the model does not match.
+
+    The head is left out: a task's is random at each load. So a base matches itself loaded with any auto class that names
+    its weights alike. All classes with a head do in most families (`bert.encoder...` for each task), but not a bare
+    `AutoModel` (`encoder...`), and few classes keep their base under another name, such as `LlamaForQuestionAnswering`.
     """
     config: Any = model.config
     architecture = {
@@ -67,7 +72,12 @@ def digest(model: nn.Module) -> str:
 
 def _sample(model: nn.Module) -> dict[str, list[int]]:
     """Per parameter name, some of its values as the bits of a bfloat16."""
-    named = sorted((n, p) for n, p in model.named_parameters() if p.is_floating_point() and not p.is_meta)
+    head = set(head_names(model))
+    named = sorted(
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if name not in head and parameter.is_floating_point() and not parameter.is_meta
+    )
     chosen = named[:: max(1, len(named) // _PARAMETERS)][:_PARAMETERS]
     sample = {}
     for name, parameter in chosen:

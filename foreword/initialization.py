@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .anatomy import attention_sites, position_limit, sample_inputs, stacks, text_stack
+from .anatomy import attention_sites, sample_inputs, stacks, text_room, text_stack
 from .attention import AttentionCall, intercept
 from .config import PrefixConfig
 from .data import Example
@@ -59,9 +59,11 @@ def initialize(
         ids = tokenizer(config.init_text)["input_ids"]
     else:
         ids = demonstrate(examples, config.num_demonstrations)
+    if any(site.kind == "encoder" for site in attention_sites(model)):  # what it reads depends on all of the text
+        return text_prefix(model, _at_least(ids, config.num_virtual_tokens)[: config.num_virtual_tokens])
     further = examples[config.num_demonstrations :][:_FURTHER_ROWS] or examples
     prefix = compact_prefix(model, ids, [(e.input_ids, e.prompt_length) for e in further], config.num_virtual_tokens)
-    if config.initialization == "demonstrations":
+    if config.initialization != "text":
         prefix.metadata["demonstrations"] = list(ids)
     return prefix
 
@@ -98,7 +100,7 @@ def random_prefix(model: PreTrainedModel, num_virtual_tokens: int | Mapping[str,
         noise = torch.randn(length, own.shape[0], own.shape[2], generator=generator)
         return own.mean(1) + noise * own.std(1)
 
-    inputs = sample_inputs(model, min(_RANDOM_TOKENS, position_limit(model) or _RANDOM_TOKENS), generator)
+    inputs = sample_inputs(model, min(_RANDOM_TOKENS, text_room(model) or _RANDOM_TOKENS), generator)
     seen = [
         (site, s, lengths[site.kind])
         for site, s in zip(sites, _record(model, model, inputs), strict=True)
@@ -142,12 +144,7 @@ def compact_prefix(
     Raises:
         ConfigError: the text has fewer than P tokens.
     """
-    if len(input_ids) < num_virtual_tokens:
-        raise ConfigError(
-            f"{num_virtual_tokens} virtual tokens cannot start from a text of {len(input_ids)} tokens. "
-            f"Ask for at most {len(input_ids)} virtual tokens, or start from more demonstrations or a longer text."
-        )
-    if len(input_ids) == num_virtual_tokens:
+    if len(_at_least(input_ids, num_virtual_tokens)) == num_virtual_tokens:
         return text_prefix(model, input_ids)
     text_ids = _batch_of_one(model, input_ids)
     text = _observe(model, text_ids)
@@ -175,6 +172,15 @@ def compact_prefix(
     return _prefix(
         model, [SiteTensors(k.transpose(0, 1), v.transpose(0, 1)) for k, v in zip(keys, values, strict=True)]
     )
+
+
+def _at_least(input_ids: Sequence[int], num_virtual_tokens: int) -> Sequence[int]:
+    if len(input_ids) < num_virtual_tokens:
+        raise ConfigError(
+            f"{num_virtual_tokens} virtual tokens cannot start from a text of {len(input_ids)} tokens. "
+            f"Ask for at most {len(input_ids)} virtual tokens, or start from more demonstrations or a longer text."
+        )
+    return input_ids
 
 
 # ------------------------------------------------------------------------------------------------------- observation

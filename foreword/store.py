@@ -1,8 +1,8 @@
 """The file format: one safetensors file a prefix, everything about it as JSON in its header.
 
-Tensors: `{site number}.key` `[P, G, D]`, `{site number}.value` `[P, G, E]` and, where there are gates,
-`{site number}.gate` `[P, G]`. The header's `foreword` entry: format version, base name and fingerprint, sites, position
-offset, and the prefix's metadata (chat template, demonstrations, how it was trained).
+Tensors: `{site number}.key` `[P, G, D]`, `{site number}.value` `[P, G, E]`, where there are gates
+`{site number}.gate` `[P, G]`, and where there is a trained head `head.{name in the model's state dict}`. The header's `foreword` entry: format version, base name and fingerprint, sites, position
+offset, and the prefix's metadata (task, labels, chat template, demonstrations, how it was trained).
 """
 
 import json
@@ -26,7 +26,7 @@ __all__ = ["FORMAT_VERSION", "PrefixStore", "check_writable", "load", "read_head
 
 FORMAT_VERSION = 1
 _ENTRY = "foreword"
-_SUFFIX = ".safetensors"
+_SUFFIX, _HEAD = ".safetensors", "head."
 
 
 def save(prefix: Prefix, path: str | Path) -> Path:
@@ -47,6 +47,7 @@ def save(prefix: Prefix, path: str | Path) -> Path:
         for name, tensor in site._asdict().items()
         if tensor is not None
     }
+    tensors |= {_HEAD + name: tensor.detach().cpu().contiguous() for name, tensor in (prefix.head or {}).items()}
     _check_finite(tensors, path)
     header = {
         "version": FORMAT_VERSION,
@@ -110,12 +111,14 @@ def load(path: str | Path) -> Prefix:
             SiteTensors(tensors.pop(f"{i}.key"), tensors.pop(f"{i}.value"), tensors.pop(f"{i}.gate") if gated else None)
             for i in range(len(sites))
         ]
+        head = {name.removeprefix(_HEAD): tensors.pop(name) for name in list(tensors) if name.startswith(_HEAD)}
         prefix = Prefix(
             sites,
             entries,
             position_offset=header["position_offset"],
             base=header["base"],
             metadata=header["metadata"],
+            head=head,
         )
     except (KeyError, TypeError, ConfigError) as error:
         raise PrefixFileError(f"{path}: damaged prefix file: {error}. Train or copy it again.") from error

@@ -10,14 +10,28 @@ from jaxtyping import install_import_hook
 install_import_hook("foreword", "beartype.beartype")
 
 import json  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import NamedTuple  # noqa: E402
 
 import pytest  # noqa: E402
 import transformers  # noqa: E402
 from tiny import FAMILIES, ROWS, make_model, make_tokenizer  # noqa: E402
 from transformers import PreTrainedModel, PreTrainedTokenizerFast  # noqa: E402
 
+from foreword import cli  # noqa: E402
+
 transformers.logging.disable_progress_bar()
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
 
 
 @pytest.fixture(params=FAMILIES)
@@ -49,3 +63,23 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model("llama").float().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path) -> Run:
+    """Run the command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["foreword", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return Result(code, captured.out, " ".join(captured.err.split()))
+
+    return call

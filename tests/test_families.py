@@ -3,19 +3,11 @@
 import pytest
 import torch
 import transformers
-from tiny import FURTHER, HYBRIDS, gradients_of, make_model, tokens
+from tiny import ENCODERS, FURTHER, HYBRIDS, gradients_of, make_encoder, make_model, tokens
 from torch import Tensor
 
 from foreword import Prefix, attach, attention_sites, text_prefix
 from foreword.initialization import noop_prefix, random_prefix
-
-ENCODERS = {
-    "Bert": {},
-    "Roberta": {},
-    "DistilBert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
-    "ModernBert": {"local_attention": 8, "cls_token_id": 1, "sep_token_id": 2},
-    "Electra": {"embedding_size": 32},
-}
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -81,22 +73,7 @@ def test_layers_without_attention_get_no_site(family):
 )
 @pytest.mark.parametrize("family", ENCODERS)
 def test_encoder_passes_the_gates(family, head):
-    torch.manual_seed(0)
-    fields = {
-        "vocab_size": 260,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
-        "pad_token_id": 1,
-        "bos_token_id": 2,
-        "eos_token_id": 3,
-    }
-    if family == "DistilBert":
-        fields = {name: fields[name] for name in ("vocab_size", "max_position_embeddings", "pad_token_id")}
-    config = getattr(transformers, f"{family}Config")(**(fields | ENCODERS[family]))
-    model = getattr(transformers, family + head)(config).double().eval()
+    model = make_encoder(family, head)
     ids, prefix = tokens(2, 9) % 200 + 10, random(model, 3)
     assert {site.kind for site in attention_sites(model)} == {"encoder"}
     assert prefix.position_offset == 0

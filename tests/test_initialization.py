@@ -5,10 +5,10 @@ import torch
 from tiny import ROWS, gradients_of, make_model
 
 from foreword import PrefixConfig, attach
-from foreword.data import encode, read_rows
+from foreword.completion import completion_loss
+from foreword.data import collate, encode, read_rows
 from foreword.errors import ConfigError
 from foreword.initialization import compact_prefix, demonstrate, initialize
-from foreword.training import collate, completion_loss
 
 
 @pytest.fixture

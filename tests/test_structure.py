@@ -10,14 +10,18 @@ import foreword
 
 PACKAGE = Path(foreword.__file__).parent
 LEVELS = [
-    ["errors"],
-    ["config", "fingerprint", "kernels", "prefix"],
-    ["attention", "data", "models", "options", "reparameterization", "runs", "store"],
+    ["errors", "heads"],
+    ["config", "fingerprint", "kernels", "prefix", "scores", "sources"],
+    ["attention", "data", "options", "reparameterization", "runs", "store"],
     ["anatomy"],
     ["attachment", "initialization"],
-    ["evaluation", "training"],
+    ["completion", "encoding"],
+    ["classification", "question_answering", "token_classification"],
+    ["tasks"],
+    ["evaluation", "loop", "models"],
+    ["training"],
     ["console"],
-    ["demo"],
+    ["demo", "listing"],
     ["cli"],
 ]
 
@@ -25,7 +29,14 @@ LEVELS = [
 def imports(file: Path) -> set[str]:
     """The modules of the package that a file imports, wherever in the file."""
     nodes = [node for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.ImportFrom)]
-    return {node.module for node in nodes if node.level == 1 and node.module is not None}
+    named = {node.module for node in nodes if node.level == 1 and node.module is not None}
+    return named | {
+        alias.name
+        for node in nodes
+        if node.level == 1 and node.module is None
+        for alias in node.names
+        if (PACKAGE / f"{alias.name}.py").exists()
+    }
 
 
 def test_imports_point_downward():

@@ -14,10 +14,10 @@ from torch.nn.functional import cross_entropy
 
 import foreword
 from foreword import PrefixConfig, TrainConfig, attach, train
+from foreword.completion import completion_loss
 from foreword.data import collate, encode, read_rows
 from foreword.errors import ConfigError, DataError
 from foreword.fingerprint import digest
-from foreword.training import completion_loss
 
 QUICK = TrainConfig(steps=6, batch_size=4, evaluate_every=2, checkpoint_every=2)
 SMALL = PrefixConfig(num_virtual_tokens=4)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
@@ -62,6 +62,13 @@ _HYBRIDS = {  # the layers without attention, by name
     "lfm2": ("Lfm2", _ROTARY | {"layer_types": ["conv", "full_attention", "conv"]}),
     "falcon_h1": ("FalconH1", _ROTARY | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}),
 }  # fmt: skip
+ENCODERS = {
+    "Bert": {},
+    "Roberta": {},
+    "DistilBert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
+    "ModernBert": {"local_attention": 8, "cls_token_id": 2, "sep_token_id": 3},
+    "Electra": {"embedding_size": 32},
+}
 FAMILIES, FURTHER, HYBRIDS = list(_FAMILIES), list(_FURTHER), list(_HYBRIDS)
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
@@ -69,11 +76,14 @@ TEMPLATE = (
 )
 
 
-def make_model(family: str, seed: int = 0, **changes: object) -> Any:
-    """A tiny random model in evaluation mode and float64, with weights large enough that attention matters."""
+def make_model(family: str, seed: int = 0, head: str | None = None, **changes: object) -> Any:
+    """A tiny random model in evaluation mode and float64, with weights large enough that attention matters.
+
+    `head`: how its class is named after the family; by default one with a language-model head.
+    """
     name, fields = (_FAMILIES | _FURTHER | _HYBRIDS)[family]
     config_name = f"{name}TextConfig" if family == "gemma3" else f"{name}Config"
-    model_name = f"{name}LMHeadModel" if family == "gpt2" else f"{name}ForCausalLM"
+    model_name = name + (head or ("LMHeadModel" if family == "gpt2" else "ForCausalLM"))
     torch.manual_seed(seed)
     config = getattr(transformers, config_name)(
         **(fields | changes), bos_token_id=257, eos_token_id=258, pad_token_id=259
@@ -86,6 +96,50 @@ def make_model(family: str, seed: int = 0, **changes: object) -> Any:
             if parameter.dim() == 2:
                 parameter.mul_(4)
     return model
+
+
+def make_encoder(family: str, head: str = "Model", seed: int = 0, **changes: object) -> Any:
+    """A tiny random encoder, as `make_model` makes decoders."""
+    fields = {
+        "vocab_size": 260,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "pad_token_id": 1,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+    }
+    if family == "DistilBert":
+        fields = {name: fields[name] for name in ("vocab_size", "max_position_embeddings", "pad_token_id")}
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{family}Config")(**(fields | ENCODERS[family] | changes))
+    model = getattr(transformers, family + head)(config).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+    return model
+
+
+def make_pair_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte between the special tokens of an encoder, with a token between two texts and types for each."""
+    special = {"<unk>": 0, "<pad>": 1, "<cls>": 2, "<sep>": 3}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(special | {byte: i + 4 for i, byte in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<cls> $A <sep>", pair="<cls> $A <sep> $B:1 <sep>:1", special_tokens=[("<cls>", 2), ("<sep>", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        cls_token="<cls>",
+        sep_token="<sep>",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
 
 
 def make_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
@@ -112,6 +166,23 @@ def gradients_of(module: nn.Module) -> list[Tensor]:
     assert not any(gradient is None for gradient in gradients)
     return [gradient.clone() for gradient in gradients if gradient is not None]
 
+
+_WORDS = ["owl", "fox", "elk", "bee", "ant", "cat", "dog", "hen"]
+HEAD_ROWS: dict[str, list[dict[str, Any]]] = {  # rows of the tasks with a head, of several lengths
+    "classification": [
+        {"text": f"{'so ' * (i % 3)}{word} {mood}", "label": label}
+        for i, word in enumerate(_WORDS)
+        for mood, label in (("hahahaha", "good"), ("oh no", "bad"))
+    ],
+    "token_classification": [
+        {"tokens": [*["so"] * (i % 3), "see", word, word], "labels": [*["O"] * (i % 3), "O", "B-PET", "I-PET"]}
+        for i, word in enumerate(_WORDS)
+    ],
+    "question_answering": [
+        {"question": "who?", "context": f"{'so ' * (i % 3)}the {word} ran by", "answer": word}
+        for i, word in enumerate(_WORDS)
+    ],
+}
 
 ROWS = [
     {"prompt": f"say {word} twice", "completion": f"{word} {word}"}

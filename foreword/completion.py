@@ -1,0 +1,139 @@
+"""Completions: the loss of a prompt's completion, answers generated in batches, and figures for them."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .attachment import attach
+from .data import IGNORED, Batch, Example, Row, collate, completion_row, prompt_ids
+from .data import encode as encode_completions
+from .prefix import Prefix
+
+__all__ = ["METRICS", "answer", "completion_loss", "encode", "loss", "measure", "options", "row"]
+
+METRICS = {"exact_match": "exact match %", "rouge_l": "ROUGE-L", "bleu": "BLEU"}
+
+
+row = completion_row
+
+
+def encode(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    about: dict[str, Any],
+    max_length: int,
+    skip_bad: bool = False,
+) -> tuple[list[Example], list[str]]:
+    """Rows as token ids, rendered by the chat template in `about`."""
+    return encode_completions(rows, tokenizer, about["template"], max_length, skip_bad)
+
+
+def loss(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
+    """The summed loss of the rows."""
+    return completion_loss(model, collate(examples, model.device))
+
+
+def completion_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The summed cross-entropy of the completion tokens, in nats. Logits are computed only where a row has a label."""
+    labels = batch.labels[:, 1:]
+    columns = (labels != IGNORED).any(0).nonzero().squeeze(-1)
+    logits = model(input_ids=batch.input_ids, logits_to_keep=columns, use_cache=False).logits
+    return cross_entropy(
+        logits.float().flatten(0, 1), labels[:, columns].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def options(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, prefix: Prefix, max_new_tokens: int | None
+) -> dict[str, Any]:
+    """How to answer when measuring: with the prefix's template, half as long again as the longest right answer."""
+    if max_new_tokens is None:
+        longest = max(len(tokenizer(text)["input_ids"]) for row in rows for text in row.answers)
+        max_new_tokens = longest + longest // 2
+    template = prefix.metadata.get("template", tokenizer.chat_template)
+    return {"templates": [template] * len(rows), "max_new_tokens": max_new_tokens}
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    prefixes: Sequence[Prefix | None],
+    *,
+    templates: Sequence[str | None] | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int | None = None,
+    on_rows: Callable[[int], None] | None = None,
+    **generation: Any,
+) -> list[str]:
+    """Each row's answer with its own prefix, or without one; one batch may hold rows of many prefixes.
+
+    Args:
+        templates: each row's chat template; by default that of its prefix, else the tokenizer's.
+        max_new_tokens: where an answer is cut, by default at 256.
+        generation: further options of `generate`, for example `do_sample=True, temperature=0.7`. Greedy by default.
+    """
+    if templates is None:
+        own: Any = tokenizer.chat_template
+        templates = [own if p is None else p.metadata.get("template", own) for p in prefixes]
+    prompts = [prompt_ids(r, tokenizer, t) for r, t in zip(rows, templates, strict=True)]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    options = {"do_sample": False, "num_beams": 1} | generation
+    # The checkpoint's own sampling settings do not apply to a measurement.
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens or 256, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad, **options
+    )
+    answers = [""] * len(rows)
+    # Rows of one prefix side by side, as they tend to end together; then by length, for little padding.
+    first_seen = {id(prefix): i for i, prefix in reversed(list(enumerate(prefixes)))}
+    order = sorted(range(len(rows)), key=lambda i: (first_seen[id(prefixes[i])], len(prompts[i])))
+    for first in range(0, len(rows), batch_size):
+        chosen = order[first : first + batch_size]
+        longest = max(len(prompts[i]) for i in chosen)
+        ids = torch.tensor([[pad] * (longest - len(prompts[i])) + prompts[i] for i in chosen], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen]).to(ids.device)
+        with attach(model, [prefixes[i] for i in chosen]), torch.inference_mode():
+            output = cast(Any, model).generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+        for i, text in zip(chosen, texts, strict=True):
+            answers[i] = text.strip()
+        if on_rows is not None:
+            on_rows(len(chosen))
+    return answers
+
+
+def measure(answers: Sequence[str], rows: Sequence[Row]) -> dict[str, float]:
+    """Exact match in percent of the rows, ROUGE-L F1 (best reference, mean over rows), lowercased BLEU of the corpus.
+
+    ROUGE-L: rouge-score with stemming off. BLEU: sacrebleu with `lowercase=True` and all references.
+
+    Example:
+        >>> from foreword.data import read_rows
+        >>> rows, _ = read_rows([{"prompt": "?", "completion": "The cat sat down here."}])
+        >>> measure(["the cat sat down here."], rows)["bleu"]
+        100.0
+    """
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"])
+    pairs = list(zip(answers, (row.answers for row in rows), strict=True))
+    exact = [any(_squeezed(text) == _squeezed(right) for right in rights) for text, rights in pairs]
+    rouge = [max(scorer.score(right, text)["rougeL"].fmeasure for right in rights) for text, rights in pairs]
+    most = max(len(row.answers) for row in rows)
+    references: Any = [[row.answers[k] if k < len(row.answers) else None for row in rows] for k in range(most)]
+    bleu = sacrebleu.corpus_bleu(list(answers), references, lowercase=True, force=True).score
+    return {
+        "exact_match": round(100 * sum(exact) / len(rows), 2),
+        "rouge_l": round(100 * sum(rouge) / len(rows), 2),
+        "bleu": round(bleu, 2),
+    }
+
+
+def _squeezed(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()
