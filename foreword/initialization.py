@@ -83,7 +83,8 @@ def text_prefix(model: PreTrainedModel, input_ids: Sequence[int]) -> Prefix:
         4
     """
     seen = _observe(model, _batch_of_one(model, input_ids))
-    return _prefix(model, [SiteTensors(s.key[0].transpose(0, 1), s.value[0].transpose(0, 1)) for s in seen])
+    tensors = [SiteTensors(s.key[0].transpose(0, 1), s.value[0].transpose(0, 1)) for s in seen]
+    return _prefix(model, tensors, attention_sink=True)
 
 
 def random_prefix(model: PreTrainedModel, num_virtual_tokens: int, seed: int = 0) -> Prefix:
@@ -166,9 +167,8 @@ def compact_prefix(
         # The same rows once more, now at the positions that follow the compact prefix.
         moved = _observe(model, rows, num_virtual_tokens, lambda i, call: reading[i].output)
         values = [_refit(*entry, asks) for entry in zip(moved, keys, values, (r.output for r in reading), strict=True)]
-    return _prefix(
-        model, [SiteTensors(k.transpose(0, 1), v.transpose(0, 1)) for k, v in zip(keys, values, strict=True)]
-    )
+    tensors = [SiteTensors(k.transpose(0, 1), v.transpose(0, 1)) for k, v in zip(keys, values, strict=True)]
+    return _prefix(model, tensors, attention_sink=True)
 
 
 # ------------------------------------------------------------------------------------------------------- observation
@@ -231,12 +231,12 @@ def _batch_of_one(model: PreTrainedModel, input_ids: Sequence[int]) -> Int[Tenso
     return torch.tensor([list(input_ids)], device=model.device)
 
 
-def _prefix(model: PreTrainedModel, tensors: list[SiteTensors]) -> Prefix:
+def _prefix(model: PreTrainedModel, tensors: list[SiteTensors], **metadata: Any) -> Prefix:
     dtype = torch.promote_types(torch.float32, model.dtype)
     copies = [SiteTensors(*(t.to("cpu", dtype).contiguous() for t in entry[:2])) for entry in tensors]
     offset = len(copies[0].key) if takes_positions(model) else 0
     base = {"name": model.config._name_or_path or type(model).__name__, "fingerprint": fingerprint(model)}
-    return Prefix(attention_sites(model), copies, position_offset=offset, base=base)
+    return Prefix(attention_sites(model), copies, position_offset=offset, base=base, metadata=metadata)
 
 
 # -------------------------------------------------------------------------------------------------------- compaction

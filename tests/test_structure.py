@@ -13,7 +13,7 @@ LEVELS = [
     ["errors"],
     ["config", "fingerprint", "kernels", "prefix"],
     ["attention", "data", "models", "options", "reparameterization", "runs", "store"],
-    ["attachment", "initialization"],
+    ["attachment", "composition", "initialization"],
     ["evaluation", "training"],
     ["console"],
     ["demo"],
