@@ -203,7 +203,7 @@ def _checked(model: PreTrainedModel, prefixes: Sequence[Prefix]) -> dict[str, An
             f"The prefixes were trained with {len(templates)} different chat templates, so no prompt suits all of them. "
             "Train them with one template."
         )
-    return {"template": template for template in templates}
+    return {"template": templates.pop()} if templates else {}
 
 
 def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
