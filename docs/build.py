@@ -11,7 +11,7 @@ TARGET = ROOT / "docs" / "api.md"
 SECTIONS = {  # public names, and a few that they take or return
     "Adapt a model": ["train", "PrefixConfig", "TrainConfig", "evaluate", "evaluation.Evaluation", "load_base"],
     "Rows": ["data.read_rows", "data.Row"],
-    "Use prefixes": ["attach", "attachment.Attachment", "text_prefix", "attention_sites"],
+    "Use prefixes": ["attach", "attachment.Attachment", "text_prefix", "compose", "attention_sites"],
     "Prefix files": ["save", "load", "PrefixStore"],
     "What a prefix is": ["Prefix", "AttentionSite"],
     "Errors": ["ForewordError"],

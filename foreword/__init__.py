@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .anatomy import attention_sites
     from .attachment import attach
+    from .composition import compose
     from .config import PrefixConfig, TrainConfig
     from .errors import ForewordError
     from .evaluation import evaluate
@@ -24,6 +25,7 @@ __all__ = [
     "TrainConfig",
     "attach",
     "attention_sites",
+    "compose",
     "evaluate",
     "load",
     "load_base",
@@ -44,6 +46,7 @@ _HOME = {
     "TrainConfig": "config",
     "attach": "attachment",
     "attention_sites": "anatomy",
+    "compose": "composition",
     "evaluate": "evaluation",
     "load": "store",
     "load_base": "models",

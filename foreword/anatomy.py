@@ -6,19 +6,20 @@ of text and images one for each. No table of model families.
 
 import inspect
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from .attention import AttentionCall, intercept
 from .errors import ConfigError, ForewordError, UnsupportedModelError
 from .prefix import AttentionSite
 
-__all__ = ["Stack", "attention_sites", "sample_inputs", "stacks", "text_room", "text_stack"]
+__all__ = ["Stack", "attention_sites", "place", "sample_inputs", "stacks", "text_room", "text_stack"]
 
 _TOKEN, _TOKENS, _DECODER_TOKENS = 5, 4, 3  # two lengths, so that cross-attention shows itself
 
@@ -131,6 +132,16 @@ def _inputs(
     }
 
 
+def place(module: nn.Module, positions: Callable[[int], Tensor]) -> RemovableHandle:
+    """Until the handle is removed, the module of a stack gets the positions that the number of its tokens is mapped to."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        tokens = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        return args, kwargs | {"position_ids": positions(tokens.shape[1])[None].to(tokens.device)}
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
 # -------------------------------------------------------------------------------------------------------- the probe
 
 
@@ -178,9 +189,7 @@ def _probe(model: PreTrainedModel, given: Mapping[str, Any] | None) -> _Anatomy:
         lookups.clear()
         placed = [name for name, (_, takes) in found.items() if takes]
         if by_default and placed:
-            hooks += [
-                model.get_submodule(n).register_forward_pre_hook(_place_at_zero, with_kwargs=True) for n in placed
-            ]
+            hooks += [place(model.get_submodule(name), torch.arange) for name in placed]
             _call(model, inputs)
     finally:
         for hook in hooks:
@@ -229,11 +238,6 @@ def _group(
         chosen = max(around, key=lambda name: (site.kind != "encoder" and takes[name], len(name)))
         owned.setdefault(chosen, []).append(site)
     return {name: (tuple(own), takes[name] and any(site.kind == "self" for site in own)) for name, own in owned.items()}
-
-
-def _place_at_zero(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    tokens = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-    return args, kwargs | {"position_ids": torch.arange(tokens.shape[1], device=tokens.device)[None]}
 
 
 def _positions(

@@ -78,7 +78,8 @@ def text_prefix(model: PreTrainedModel, input_ids: Sequence[int]) -> Prefix:
         4
     """
     seen = _observe(model, _batch_of_one(model, input_ids))
-    return _prefix(model, [SiteTensors(s.key[0].transpose(0, 1), s.value[0].transpose(0, 1)) for s in seen])
+    tensors = [SiteTensors(s.key[0].transpose(0, 1), s.value[0].transpose(0, 1)) for s in seen]
+    return _prefix(model, tensors, attention_sink=True)
 
 
 def random_prefix(model: PreTrainedModel, num_virtual_tokens: int | Mapping[str, int], seed: int = 0) -> Prefix:
@@ -169,9 +170,8 @@ def compact_prefix(
         # The same rows once more, now at the positions that follow the compact prefix.
         moved = _observe(model, rows, num_virtual_tokens, lambda i, call: reading[i].output)
         values = [_refit(*entry, asks) for entry in zip(moved, keys, values, (r.output for r in reading), strict=True)]
-    return _prefix(
-        model, [SiteTensors(k.transpose(0, 1), v.transpose(0, 1)) for k, v in zip(keys, values, strict=True)]
-    )
+    tensors = [SiteTensors(k.transpose(0, 1), v.transpose(0, 1)) for k, v in zip(keys, values, strict=True)]
+    return _prefix(model, tensors, attention_sink=True)
 
 
 def _at_least(input_ids: Sequence[int], num_virtual_tokens: int) -> Sequence[int]:
@@ -273,7 +273,9 @@ def _lengths(model: PreTrainedModel, config: PrefixConfig) -> dict[str, int]:
     return {kind: config.num_virtual_tokens if (length := asked[kind]) is None else length for kind in sorted(kinds)}
 
 
-def _prefix(model: PreTrainedModel, tensors: list[SiteTensors], sites: Sequence[AttentionSite] | None = None) -> Prefix:
+def _prefix(
+    model: PreTrainedModel, tensors: list[SiteTensors], sites: Sequence[AttentionSite] | None = None, **metadata: Any
+) -> Prefix:
     dtype = torch.promote_types(torch.float32, model.dtype)
     copies = [SiteTensors(*(t.to("cpu", dtype).contiguous() for t in entry[:2])) for entry in tensors]
     sites = attention_sites(model) if sites is None else sites
@@ -283,7 +285,7 @@ def _prefix(model: PreTrainedModel, tensors: list[SiteTensors], sites: Sequence[
         (len(t.key) for s, t in zip(sites, copies, strict=True) if s.kind == "self" and s.name in placed), default=0
     )
     base = {"name": model.config._name_or_path or type(model).__name__, "fingerprint": fingerprint(model)}
-    return Prefix(sites, copies, position_offset=offset, base=base)
+    return Prefix(sites, copies, position_offset=offset, base=base, metadata=metadata)
 
 
 # -------------------------------------------------------------------------------------------------------- compaction

@@ -14,7 +14,7 @@ LEVELS = [
     ["config", "fingerprint", "kernels", "prefix", "scores", "sources"],
     ["attention", "data", "options", "reparameterization", "runs", "store"],
     ["anatomy"],
-    ["attachment", "initialization"],
+    ["attachment", "composition", "initialization"],
     ["completion", "encoding"],
     ["classification", "question_answering", "token_classification"],
     ["tasks"],
