@@ -80,6 +80,7 @@ class TrainConfig:
         micro_batches: into how many parts each batch is split, to save memory; the result is the same.
         learning_rate: of AdamW, at the first step; it falls linearly to zero.
         head_learning_rate: the same for the head, where the task has one.
+        dropout: train through the base's own dropout, against overfitting. By default exactly for tasks with a head.
         max_length: tokens that a row may have.
         held_out_fraction: the share of the rows set aside to measure progress, at most 64 rows; unused where held-out
             rows are given.
@@ -96,7 +97,8 @@ class TrainConfig:
     batch_size: int = 4
     micro_batches: int = 1
     learning_rate: float = 3e-2
-    head_learning_rate: float = 3e-3
+    head_learning_rate: float = 1e-2
+    dropout: bool | None = None
     max_length: int = 1024
     held_out_fraction: float = 0.1
     evaluate_every: int = 25

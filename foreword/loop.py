@@ -11,13 +11,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
 from .attachment import attach
@@ -126,7 +127,8 @@ class Trainer:
         losses = torch.zeros((), device=self.model.device)
         parts = _parts(examples, config.micro_batches * accelerator.num_processes)
         self.optimizer.zero_grad()
-        with self.prefix.once(lambda gradient: self._sum(gradient) / labels):
+        dropout = _dropout(self.model) if config.dropout else nullcontext()
+        with dropout, self.prefix.once(lambda gradient: self._sum(gradient) / labels):
             for part in parts[accelerator.process_index :: accelerator.num_processes]:
                 loss = self.loss(self.model, part)
                 loss.backward()
@@ -196,6 +198,19 @@ def _endless(lengths: Sequence[int], config: TrainConfig, first: int) -> Iterato
 def _parts(examples: Sequence[Example], count: int) -> list[Sequence[Example]]:
     """The rows in `count` parts of nearly equal size, without empty ones."""
     return [part for i in range(count) if (part := examples[i::count])]
+
+
+@contextmanager
+def _dropout(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model drops out as it did when it was pretrained; what it counts about its inputs stays as it is."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+    try:
+        yield
+    finally:
+        model.eval()
 
 
 @contextmanager

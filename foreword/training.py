@@ -77,6 +77,8 @@ def train(
     task = TASKS[config.task]
     if prefix.initialization is None:
         prefix = replace(prefix, initialization=task.initialization)
+    if config.dropout is None:
+        config = replace(config, dropout=task.has_head)
     check_model(config.task, model)
     _check_tracker(config.tracker)
     about = task.about(model, tokenizer)
@@ -174,7 +176,7 @@ def _start(model, tokenizer, rows: Sequence[Example], prefix: PrefixConfig, conf
 
 @contextmanager
 def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model is in evaluation mode (no dropout) and none of its parameters is trained."""
+    """Inside, the model is in evaluation mode and none of its parameters is trained."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     modes = {module: module.training for module in model.modules()}
     model.eval()
