@@ -148,7 +148,7 @@ def prefix(options: Any, data: Data, rate: float, seed: int) -> Result:
 
 METHODS = {
     "linear probe": (linear_probe, [3e-3, 1e-2, 3e-2, 1e-1]),  # of the model's own head
-    "linear probe of the mean": (sentence_probe, [1e-4, 1e-3, 1e-2, 1e-1]),  # the rate is its weight decay
+    "linear probe of the mean": (sentence_probe, [1e-2, 1e-1, 1.0, 10.0]),  # the rate is its weight decay
     "full fine-tuning": (fine_tuning, [2e-5, 5e-5, 1e-4, 2e-4]),
     "prefix": (prefix, [1e-2, 2e-2, 3e-2, 6e-2]),
 }

@@ -1,4 +1,7 @@
-"""Completions: the loss of a prompt's completion, answers generated in batches, and figures for them."""
+"""Completions: the loss of a prompt's completion, answers generated in batches, and figures for them.
+
+An encoder-decoder reads the prompt in its encoder, and its decoder says the completion.
+"""
 
 import re
 from collections.abc import Callable, Sequence
@@ -7,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .attachment import attach
@@ -14,7 +18,7 @@ from .data import IGNORED, Batch, Example, Row, collate, completion_row, prompt_
 from .data import encode as encode_completions
 from .prefix import Prefix
 
-__all__ = ["METRICS", "answer", "completion_loss", "encode", "loss", "measure", "options", "row"]
+__all__ = ["METRICS", "about", "answer", "completion_loss", "encode", "loss", "measure", "options", "row"]
 
 METRICS = {"exact_match": "exact match %", "rouge_l": "ROUGE-L", "bleu": "BLEU"}
 
@@ -30,12 +34,36 @@ def encode(
     skip_bad: bool = False,
 ) -> tuple[list[Example], list[str]]:
     """Rows as token ids, rendered by the chat template in `about`."""
-    return encode_completions(rows, tokenizer, about["template"], max_length, skip_bad)
+    encoder = about.get("encoder", False)
+    return encode_completions(rows, tokenizer, about["template"], max_length, skip_bad, encoder)
+
+
+def about(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The chat template, and whether an encoder reads the prompt."""
+    encoder = {"encoder": True} if model.config.is_encoder_decoder else {}
+    return {"template": tokenizer.chat_template} | encoder
 
 
 def loss(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
-    """The summed loss of the rows."""
+    """The summed loss of the rows, in nats."""
+    if model.config.is_encoder_decoder:
+        return _target_loss(model, examples)
     return completion_loss(model, collate(examples, model.device))
+
+
+def _target_loss(model: Any, examples: Sequence[Example]) -> Tensor:
+    """The summed cross-entropy of what the decoder says after the encoder has read the prompts."""
+    prompts = [torch.tensor(e.input_ids[: e.prompt_length]) for e in examples]
+    targets = [torch.tensor(e.input_ids[e.prompt_length :]) for e in examples]
+    mask = pad_sequence([torch.ones_like(ids) for ids in prompts], batch_first=True).to(model.device)
+    labels = pad_sequence(targets, batch_first=True, padding_value=IGNORED).to(model.device)
+    logits = model(
+        input_ids=pad_sequence(prompts, batch_first=True).to(model.device),
+        attention_mask=mask,
+        decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels),
+        use_cache=False,
+    ).logits
+    return cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def completion_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -81,8 +109,9 @@ def answer(
     if templates is None:
         own: Any = tokenizer.chat_template
         templates = [own if p is None else p.metadata.get("template", own) for p in prefixes]
-    prompts = [prompt_ids(r, tokenizer, t) for r, t in zip(rows, templates, strict=True)]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    encoder: bool = model.config.is_encoder_decoder
+    prompts = [prompt_ids(r, tokenizer, t, encoder) for r, t in zip(rows, templates, strict=True)]
+    pad: Any = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     options = {"do_sample": False, "num_beams": 1} | generation
     # The checkpoint's own sampling settings do not apply to a measurement.
     settings = GenerationConfig(
@@ -94,12 +123,13 @@ def answer(
     order = sorted(range(len(rows)), key=lambda i: (first_seen[id(prefixes[i])], len(prompts[i])))
     for first in range(0, len(rows), batch_size):
         chosen = order[first : first + batch_size]
-        longest = max(len(prompts[i]) for i in chosen)
-        ids = torch.tensor([[pad] * (longest - len(prompts[i])) + prompts[i] for i in chosen], device=model.device)
-        mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen]).to(ids.device)
+        side = "right" if encoder else "left"  # an answer follows its prompt, but an encoder reads from the start
+        own = [torch.tensor(prompts[i]) for i in chosen]
+        ids = pad_sequence(own, True, pad, side).to(model.device)
+        mask = pad_sequence([torch.ones_like(row) for row in own], True, 0, side).to(model.device)
         with attach(model, [prefixes[i] for i in chosen]), torch.inference_mode():
             output = cast(Any, model).generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-        texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(output if encoder else output[:, ids.shape[1] :], skip_special_tokens=True)
         for i, text in zip(chosen, texts, strict=True):
             answers[i] = text.strip()
         if on_rows is not None:

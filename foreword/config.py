@@ -21,7 +21,7 @@ class PrefixConfig:
         initialization: where the first keys and values come from. `demonstrations`: training rows, compacted into
             `num_virtual_tokens`; `text`: `init_text`; `random`: keys and values drawn with the statistics of the
             model's own; `noop`: random ones behind closed gates, so that step 0 equals the base exactly. By default
-            `demonstrations` for completions and `random` for tasks with a head.
+            `demonstrations` for the completions of a decoder, `random` for encoder-decoders and tasks with a head.
         num_demonstrations: how many training rows the `demonstrations` start renders into context.
         init_text: the text for `text`, for example an instruction.
         freeze_first: keep the first virtual token as it starts, as an attention sink. `None`: exactly when the start

@@ -240,9 +240,15 @@ def _fields(raw: dict[str, Any]) -> str:
 # --------------------------------------------------------------------------------------------------------- rendering
 
 
-def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[int]:
-    """The prompt as the model sees it. `template` is a chat template, or `None` for plain text."""
-    return _tokenize(tokenizer, _prompt_text(row, tokenizer, template), special=template is None)
+def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase, template: str | None, encoder: bool = False) -> list[int]:
+    """The prompt as the model sees it. `template` is a chat template, or `None` for plain text.
+
+    `encoder`: an encoder reads it, as a text of its own that ends.
+    """
+    text = _prompt_text(row, tokenizer, template)
+    if encoder:
+        return list(tokenizer(text, add_special_tokens=template is None)["input_ids"])
+    return _tokenize(tokenizer, text, special=template is None)
 
 
 def encode(
@@ -251,10 +257,12 @@ def encode(
     template: str | None,
     max_length: int,
     skip_bad: bool = False,
+    encoder: bool = False,
 ) -> tuple[list[Example], list[str]]:
     """Rows as token ids; the completion ends with the token that ends a turn.
 
-    Prompt and completion are tokenized apart, because generation starts from the prompt's own tokens.
+    Prompt and completion are tokenized apart, because generation starts from the prompt's own tokens; with `encoder`,
+    an encoder reads the prompt, and the completion is what the tokenizer makes of a target.
 
     Raises:
         DataError: a row has more than `max_length` tokens (unless `skip_bad`), or the tokenizer cannot end a text.
@@ -264,8 +272,11 @@ def encode(
         raise DataError(f"{type(tokenizer).__name__} has no end-of-sequence token, so no completion could ever end.")
 
     def one(row: Row) -> Example:
-        prompt = prompt_ids(row, tokenizer, template)
-        ids = prompt + _tokenize(tokenizer, _completion_text(row, tokenizer, template), special=False)
+        prompt, completion = prompt_ids(row, tokenizer, template, encoder), _completion_text(row, tokenizer, template)
+        if encoder:
+            ids = [*prompt, *tokenizer(text_target=completion)["input_ids"]]
+        else:
+            ids = prompt + _tokenize(tokenizer, completion, special=False)
         return Example(tuple(ids if ids[-1] == end else [*ids, end]), len(prompt), row.source)
 
     return encode_each(rows, one, max_length, skip_bad)

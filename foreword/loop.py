@@ -7,6 +7,7 @@ micro-batches or over processes.
 """
 
 import math
+import random
 import signal
 import threading
 import time
@@ -127,7 +128,8 @@ class Trainer:
         losses = torch.zeros((), device=self.model.device)
         parts = _parts(examples, config.micro_batches * accelerator.num_processes)
         self.optimizer.zero_grad()
-        dropout = _dropout(self.model) if config.dropout else nullcontext()
+        seed = f"{config.seed} {state.step} {accelerator.process_index}"  # so that training resumes with the same masks
+        dropout = _dropout(self.model, seed) if config.dropout else nullcontext()
         with dropout, self.prefix.once(lambda gradient: self._sum(gradient) / labels):
             for part in parts[accelerator.process_index :: accelerator.num_processes]:
                 loss = self.loss(self.model, part)
@@ -201,14 +203,17 @@ def _parts(examples: Sequence[Example], count: int) -> list[Sequence[Example]]:
 
 
 @contextmanager
-def _dropout(model: PreTrainedModel) -> Iterator[None]:
+def _dropout(model: PreTrainedModel, seed: str) -> Iterator[None]:
     """Inside, the model drops out as it did when it was pretrained; what it counts about its inputs stays as it is."""
     model.train()
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
+    device = model.device
     try:
-        yield
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            torch.manual_seed(random.Random(seed).getrandbits(63))
+            yield
     finally:
         model.eval()
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import TaskName
 from .errors import ConfigError
@@ -71,7 +71,7 @@ def load_base(
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> Base:
-    """Load a causal language model, or a model with the head of another task, frozen and in evaluation mode.
+    """Load a language model (decoder or encoder-decoder), or a model with the head of another task, frozen.
 
     Args:
         name: a folder, a Hugging Face id, or an alias (`smollm2`: SmolLM2-135M-Instruct from the package index,
@@ -93,10 +93,12 @@ def load_base(
     folder = str(_installed(name)) if name in ALIASES else name
     dtype = machine_precision(where) if precision == "auto" else getattr(torch, precision)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    auto: Any = getattr(transformers, f"AutoModel{TASKS[task].model_class}")
     outputs = _outputs(task, labels)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        pair = AutoConfig.from_pretrained(folder, **options).is_encoder_decoder
+        kind = TASKS[task].encoder_decoder_class if pair else TASKS[task].model_class
+        auto: Any = getattr(transformers, f"AutoModel{kind}")
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
             model, report = auto.from_pretrained(

@@ -27,6 +27,7 @@ class Task:
     Args:
         has_head: whether a head is trained with the prefix.
         model_class: how the classes of its models are named: Transformers' auto class is `AutoModel` and this.
+        encoder_decoder_class: the same for encoder-decoders.
         initialization: where a prefix starts unless told otherwise.
         compare: what a prefix can be compared with.
         metrics: its figures, and their titles.
@@ -44,6 +45,7 @@ class Task:
 
     has_head: bool
     model_class: str
+    encoder_decoder_class: str
     initialization: str
     compare: tuple[str, ...]
     metrics: dict[str, str]
@@ -68,10 +70,12 @@ def _model_labels(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return {"labels": [names[i] for i in sorted(names)]}
 
 
-def _head(module: Any, **own: Any) -> Task:
+def _head(module: Any, model_class: str, **own: Any) -> Task:
     """What the tasks with a head have in common."""
     return Task(
         has_head=True,
+        model_class=model_class,
+        encoder_decoder_class=model_class,
         initialization="random",
         compare=(),
         row=module.row,
@@ -88,6 +92,7 @@ TASKS = {
     "completion": Task(
         has_head=False,
         model_class="ForCausalLM",
+        encoder_decoder_class="ForSeq2SeqLM",
         initialization="demonstrations",
         compare=("base", "demonstrations"),
         metrics=completion.METRICS,
@@ -95,7 +100,7 @@ TASKS = {
         prompt=lambda prompt: {"prompt": prompt},
         row=completion.row,
         labels=None,
-        about=lambda model, tokenizer: {"template": tokenizer.chat_template},
+        about=completion.about,
         encode=completion.encode,
         loss=completion.loss,
         options=completion.options,

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .anatomy import text_room
+from .anatomy import stacks, text_room
 from .config import PrefixConfig, TrainConfig
 from .data import Data, Example, schedule
 from .errors import ConfigError, DataError
@@ -46,8 +46,8 @@ def train(
     With `config.task` of a task that needs a head, the head is trained together with the prefix and kept with it.
 
     Args:
-        model: a causal language model, or one with the head of the task and its labels (see `load_base`). Training
-            starts from the head that it has.
+        model: a language model (decoder or encoder-decoder), or one with the head of the task and its labels (see
+            `load_base`). Training starts from the head that it has.
         tokenizer: its tokenizer. Its chat template, if it has one, is applied and kept with the prefix.
         data: a file, a data set's name, or dictionaries (see `data.read_rows`).
         prefix: the prefix to make.
@@ -76,7 +76,8 @@ def train(
     prefix, config = prefix or PrefixConfig(), config or TrainConfig()
     task = TASKS[config.task]
     if prefix.initialization is None:
-        prefix = replace(prefix, initialization=task.initialization)
+        reads_text = len(stacks(model)) == 1  # text has no keys of its own in an encoder-decoder
+        prefix = replace(prefix, initialization=task.initialization if reads_text else "random")
     if config.dropout is None:
         config = replace(config, dropout=task.has_head)
     check_model(config.task, model)

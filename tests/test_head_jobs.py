@@ -237,7 +237,7 @@ def test_two_processes_give_the_head_of_one(encoder_folder, tmp_path):
         "import sys, accelerate, foreword\n"
         "from foreword import PrefixConfig, TrainConfig\n"
         "base = foreword.load_base(sys.argv[1], task='classification', labels=['bad', 'good'], precision='float32', device='cpu')\n"
-        "config = TrainConfig(task='classification', steps=4, evaluate_every=2)\n"
+        "config = TrainConfig(task='classification', steps=4, evaluate_every=2, dropout=False)\n"
         "prefix = foreword.train(base.model, base.tokenizer, sys.argv[2], PrefixConfig(4), config, run=sys.argv[3] + '.run')\n"
         "if accelerate.PartialState().is_main_process: foreword.save(prefix, sys.argv[3] + '.safetensors')\n"
     )

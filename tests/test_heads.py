@@ -67,7 +67,9 @@ def test_prefix_and_head_learn_and_the_file_answers_alike(family, task, tmp_path
     model, tokenizer = make_base(family, task)
     before, losses = digest(model), []
     rows = HEAD_ROWS[task][:4]
-    config = TrainConfig(task=task, steps=24, learning_rate=0.1, head_learning_rate=0.1, held_out_fraction=0.0)
+    config = TrainConfig(
+        task=task, steps=24, learning_rate=0.1, head_learning_rate=0.1, held_out_fraction=0.0, dropout=False
+    )
     prefix = train(model, tokenizer, rows, SMALL, config, on_step=lambda p: losses.append(p.loss))
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
     assert digest(model) == before
@@ -124,6 +126,7 @@ def test_head_learns_at_its_own_rate_and_micro_batches_change_nothing(family):
     rows = HEAD_ROWS["classification"]
 
     def trained(**options: Any) -> Prefix:
+        options.setdefault("dropout", False)
         config = TrainConfig(task="classification", steps=3, batch_size=6, **options)
         return train(model, tokenizer, rows, SMALL, config)
 
@@ -133,6 +136,21 @@ def test_head_learns_at_its_own_rate_and_micro_batches_change_nothing(family):
     for name, own in head_tensors(model).items():
         torch.testing.assert_close(head_of(still)[name], own.float(), rtol=0, atol=1e-6)
         assert not torch.allclose(head_of(whole)[name], own.float(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.feature("classification head")
+def test_dropout_is_that_of_the_base_and_repeats_with_the_seed():
+    model, tokenizer = make_base("Bert", "classification")
+
+    def trained(**options: Any) -> Prefix:
+        config = TrainConfig(task="classification", steps=3, **options)
+        return train(model, tokenizer, HEAD_ROWS["classification"], SMALL, config)
+
+    without, by_default, again, other = trained(dropout=False), trained(), trained(dropout=True), trained(seed=1)
+    assert torch.equal(by_default.keys[0], again.keys[0])
+    assert not torch.allclose(by_default.keys[0], without.keys[0])
+    assert not torch.allclose(by_default.keys[0], other.keys[0])
+    assert not model.training
 
 
 @pytest.mark.feature("classification head")

@@ -1,11 +1,12 @@
 """Models with an encoder, or that read images or sound: each stack has its own prefix."""
 
+import json
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from tiny import gradients_of, tokens
+from tiny import ROWS, gradients_of, make_pair_tokenizer, tokens
 from torch import Tensor
 
 import foreword
@@ -218,3 +219,30 @@ def test_what_an_encoder_decoder_cannot_do_says_why(llama, tokenizer):
     assert len(attention_sites(wav2vec, {"input_values": torch.randn(1, 64)})) == 2
     with attach(wav2vec, random_prefix(wav2vec, 3)):
         assert torch.isfinite(wav2vec(torch.randn(2, 80)).last_hidden_state).all()
+
+
+@pytest.mark.feature("foreword train")
+@pytest.mark.parametrize("family", ["t5", "bart", "marian"])
+def test_text_to_text_is_trained_measured_and_answered(family, tmp_path, run):
+    """The command, from rows to answers: the encoder reads the prompt, the decoder says the completion."""
+    tokenizer = make_pair_tokenizer()
+    tokenizer.eos_token = "<sep>"
+    make(family).float().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS[:8]))
+    options = "--virtual-tokens 8 --cross-virtual-tokens 4 --steps 60 --learning-rate 0.3 --held-out rows.jsonl"
+    result = run("train", *["--model", "base", "--data", "rows.jsonl", "--out", "twice.safetensors"], *options.split())
+    assert result.code == 0, result.err
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "twice.run" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0] - 0.3
+    assert foreword.load("twice.safetensors").lengths == {"encoder": 8, "self": 8, "cross": 4}
+    result = run("evaluate", "twice.safetensors", "--data", "rows.jsonl", "--json")
+    assert json.loads(result.out)["metrics"].keys() == {"prefix", "base"}
+    base: Any = foreword.load_base("base")
+    with attach(base.model, foreword.load("twice.safetensors")):
+        for row in ROWS[:3]:
+            ids = base.tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
+            made = base.model.generate(ids, max_new_tokens=8, do_sample=False)[0]
+            said = base.tokenizer.decode(made, skip_special_tokens=True).strip()
+            answer = run("generate", row["prompt"], "--prefix", "twice.safetensors", "--max-new-tokens", 8)
+            assert answer.out.strip() == said, answer.err
