@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 from .attention import AttentionCall, intercept
 from .errors import ConfigError, ForewordError, UnsupportedModelError
+from .heads import own_parameters
 from .prefix import AttentionSite
 
-__all__ = ["Stack", "attention_sites", "place", "sample_inputs", "stacks", "text_room", "text_stack"]
+__all__ = ["Stack", "attention_sites", "input_device", "place", "sample_inputs", "stacks", "text_room", "text_stack"]
 
 _TOKEN, _TOKENS, _DECODER_TOKENS = 5, 4, 3  # two lengths, so that cross-attention shows itself
 
@@ -127,9 +128,14 @@ def _inputs(
         shape = (1, config.num_mel_bins, 2 * config.max_source_positions)
         inputs["input_features"] = torch.randn(shape, generator=generator)
     return {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        name: value.to(input_device(model), model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
     }
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where the model takes its inputs: where its first weight in memory is, as a `device_map` may leave some on the disk."""
+    return next((weight.device for _, weight in own_parameters(model) if not weight.is_meta), torch.device("cpu"))
 
 
 def place(module: nn.Module, positions: Callable[[int], Tensor]) -> RemovableHandle:

@@ -10,12 +10,13 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from .anatomy import Stack, stacks
 from .attention import AttentionCall, install
 from .errors import ConfigError, ModelMismatchError, PositionError, UnsupportedModelError
 from .fingerprint import check_fingerprint
+from .heads import LENT, own_parameters
 from .kernels import PrefixPart, concatenate, extend_mask, has_token_kernel, merged_attention
 from .prefix import AttentionSite, SiteTensors
 
@@ -36,17 +37,20 @@ class PrefixSource(Protocol):
     def tensors(self) -> list[SiteTensors]: ...
 
 
-def attach(model: PreTrainedModel, prefix: PrefixSource | Sequence[PrefixSource | None]) -> "Attachment":
+def attach(model: nn.Module, prefix: PrefixSource | Sequence[PrefixSource | None]) -> "Attachment":
     """Let every attention layer of `model` see `prefix` before the real tokens.
 
     The model object stays the same: call it, generate with it, train through it as before. Use the result in a `with`
     statement, after which the model is itself again, or keep it and call `detach`.
 
     Args:
-        model: a Transformers model.
+        model: a Transformers model, or PEFT's wrapper around one.
         prefix: one prefix for all rows, or a list with one prefix or `None` for each row of the batch. A batch k times
             as long (beams, several return sequences) repeats each entry k times, as `generate` does. Swap prefixes
             later with `Attachment.use`.
+
+    A prefix that all rows share is a submodule of the model while it is attached, `foreword_prefix`: freeze the model, and
+    `transformers.Trainer`, any optimizer over `model.parameters()`, DDP and FSDP2 train exactly the prefix.
 
     A prefix with a trained head lends it to the model until it is detached; the model's own parameters stay as they are.
 
@@ -67,7 +71,8 @@ def attach(model: PreTrainedModel, prefix: PrefixSource | Sequence[PrefixSource 
         >>> with foreword.attach(model, [prefix, None]):   # row 0 sees the prefix, row 1 does not
         ...     logits = model(ids).logits
     """
-    return Attachment(model, prefix)
+    own: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT changes the model it wraps
+    return Attachment(own, prefix)
 
 
 class Attachment:
@@ -96,12 +101,12 @@ class Attachment:
             undo()
 
         self._undo: Callable[[], None] | None = undo_all
-        self._lend_head()
+        self._lend()
 
     def use(self, prefix: PrefixSource | Sequence[PrefixSource | None]) -> None:
         """From the next forward pass on, see this prefix, or these: one prefix or `None` for each row."""
         self._choose(prefix)
-        self._lend_head()
+        self._lend()
 
     def _choose(self, prefix: PrefixSource | Sequence[PrefixSource | None]) -> None:
         rows = list(prefix) if isinstance(prefix, Sequence) else [prefix]
@@ -120,8 +125,8 @@ class Attachment:
         if self._undo is not None:
             self._undo()
             self._undo = None
-            self._head_source = None
-            self._lend_head()
+            self._head_source, self._shared = None, False
+            self._lend()
 
     def __enter__(self) -> "Attachment":
         return self
@@ -142,7 +147,7 @@ class Attachment:
                 )
         if "fingerprint" in source.base:
             check_fingerprint(source.base["fingerprint"], self.model, name)
-        own = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
+        own = {name: tuple(parameter.shape) for name, parameter in own_parameters(self.model)}
         for parameter, tensor in (source.head or {}).items():
             if own.get(parameter) != tuple(tensor.shape):
                 raise ModelMismatchError(
@@ -151,6 +156,13 @@ class Attachment:
                     "as many labels: foreword.load_base(..., task=..., labels=[...])."
                 )
         self._checked.add(source)
+
+    def _lend(self) -> None:
+        """Make the prefix that all rows share a part of the model, for trainers and wrappers to find, and its head."""
+        self.model._modules.pop(LENT, None)
+        if self._shared and isinstance(source := self._sources[0], nn.Module):
+            self.model.add_module(LENT, source)
+        self._lend_head()
 
     def _lend_head(self) -> None:
         """Put the chosen prefix's head in the place of the model's own, or put the model's own back."""
@@ -179,6 +191,7 @@ class Attachment:
         else:
             rows = torch.tensor(self._rows, device=tokens.device).repeat_interleave(batch // len(self._rows))
         self._lay_out(stack, rows)
+        self._differentiates = torch.is_grad_enabled()
         if self._head_source is not None:  # it may have been trained since, and stand in the model in another precision
             self._lend_head()
         if not stack.takes_positions:
@@ -219,22 +232,31 @@ class Attachment:
                 f"{type(self.model).__name__} attends in {name} over a batch of {len(query)}, which does not tell its "
                 f"{self._batch[name]} rows apart, so they cannot see different prefixes there. Attach one for all rows."
             )
-        parts = [
-            PrefixPart(
-                key.to(query.device, query.dtype),
-                value.to(query.device, query.dtype),
-                None if bias is None else bias.to(query.device),
-                rows,
+        if self._differentiates and not torch.is_grad_enabled() and any(p.key.requires_grad for p in self._parts[name]):
+            raise ConfigError(
+                f"{name} runs without gradients inside a forward pass that has them, so the prefix would not be trained. "
+                "Re-entrant checkpointing does that: switch it on with 'use_reentrant': False."
             )
-            for key, value, bias, rows in self._parts[name]
-        ]
-        if not parts:
+        if not self._parts[name]:
             return call.run()
         # A causal call without a mask sees no key beyond its queries: what follows are empty slots of a static cache.
         length = query.shape[2] if call.is_causal else call.key.shape[2]
-        own_key, own_value = call.key[:, :, :length], call.value[:, :, :length]
+        tokens = (query, call.key[:, :, :length], call.value[:, :, :length])
         plain = call.implementation == "sdpa" and not options.get("dropout")
         plain = plain and all(options.get(name) is None for name in ("position_bias", "softcap", "s_aux", "cache"))
+        if plain and torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+            precision = torch.get_autocast_dtype(query.device.type)  # the attention that ours stands for is cast to it
+            tokens = tuple(tensor.to(precision) for tensor in tokens)
+        query, own_key, own_value = tokens
+        parts = [
+            PrefixPart(
+                key.to(query.device, query.dtype),
+                value.to(query.device, own_value.dtype),
+                None if bias is None else bias.to(query.device),
+                None if rows is None else rows.to(query.device),
+            )
+            for key, value, bias, rows in self._parts[name]
+        ]
         if plain and has_token_kernel(query, own_value, call.mask):
             scale = options.get("scaling") or query.shape[-1] ** -0.5
             output = merged_attention(
@@ -247,7 +269,7 @@ class Attachment:
         if (position_bias := options.get("position_bias")) is not None:  # virtual tokens are at no distance
             new = key.shape[2] - length
             changes = {"position_bias": pad(position_bias[..., :length], (new, 0))}
-        return call.run(key=key, value=value, mask=mask, **changes)
+        return call.run(query=query, key=key, value=value, mask=mask, **changes)
 
 
 def _head_source(rows: Sequence[PrefixSource | None]) -> PrefixSource | None:
@@ -271,6 +293,6 @@ def _positions(given: dict[str, Any], length: int, device: torch.device) -> Tens
     mask = given.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return (mask.to(device).long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
-    cache = given.get("past_key_values")
-    past = 0 if cache is None else cache.get_seq_length()
+    # By its type: Transformers calls it past_key_values, or cache since 5.24.
+    past = next((value.get_seq_length() for value in given.values() if isinstance(value, Cache)), 0)
     return torch.arange(length, device=device)[None] + past

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .anatomy import input_device
 from .attachment import attach
 from .data import IGNORED, Batch, Example, Row, collate, completion_row, prompt_ids
 from .data import encode as encode_completions
@@ -48,17 +49,17 @@ def loss(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
     """The summed loss of the rows, in nats."""
     if model.config.is_encoder_decoder:
         return _target_loss(model, examples)
-    return completion_loss(model, collate(examples, model.device))
+    return completion_loss(model, collate(examples, input_device(model)))
 
 
 def _target_loss(model: Any, examples: Sequence[Example]) -> Tensor:
     """The summed cross-entropy of what the decoder says after the encoder has read the prompts."""
     prompts = [torch.tensor(e.input_ids[: e.prompt_length]) for e in examples]
     targets = [torch.tensor(e.input_ids[e.prompt_length :]) for e in examples]
-    mask = pad_sequence([torch.ones_like(ids) for ids in prompts], batch_first=True).to(model.device)
-    labels = pad_sequence(targets, batch_first=True, padding_value=IGNORED).to(model.device)
+    mask = pad_sequence([torch.ones_like(ids) for ids in prompts], batch_first=True).to(input_device(model))
+    labels = pad_sequence(targets, batch_first=True, padding_value=IGNORED).to(input_device(model))
     logits = model(
-        input_ids=pad_sequence(prompts, batch_first=True).to(model.device),
+        input_ids=pad_sequence(prompts, batch_first=True).to(input_device(model)),
         attention_mask=mask,
         decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels),
         use_cache=False,
@@ -125,8 +126,8 @@ def answer(
         chosen = order[first : first + batch_size]
         side = "right" if encoder else "left"  # an answer follows its prompt, but an encoder reads from the start
         own = [torch.tensor(prompts[i]) for i in chosen]
-        ids = pad_sequence(own, True, pad, side).to(model.device)
-        mask = pad_sequence([torch.ones_like(row) for row in own], True, 0, side).to(model.device)
+        ids = pad_sequence(own, True, pad, side).to(input_device(model))
+        mask = pad_sequence([torch.ones_like(row) for row in own], True, 0, side).to(input_device(model))
         with attach(model, [prefixes[i] for i in chosen]), torch.inference_mode():
             output = cast(Any, model).generate(input_ids=ids, attention_mask=mask, generation_config=settings)
         texts = tokenizer.batch_decode(output if encoder else output[:, ids.shape[1] :], skip_special_tokens=True)

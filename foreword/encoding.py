@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .anatomy import text_room
+from .anatomy import input_device, text_room
 from .attachment import attach
 from .data import Example, HeadRow
 from .errors import ConfigError, DataError
@@ -78,7 +78,7 @@ def run_head(model: PreTrainedModel, examples: Sequence[Example]) -> tuple[Any, 
         )
 
     def stack(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill).to(model.device)
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill).to(input_device(model))
 
     ids = [example.input_ids for example in examples]
     mask = stack([[1] * len(row) for row in ids], 0)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .errors import ModelMismatchError
-from .heads import head_names
+from .heads import LENT, head_names, own_parameters
 
 __all__ = ["check_fingerprint", "digest", "fingerprint"]
 
@@ -22,7 +22,7 @@ _VOLATILE = {  # fields that say how a model is run or stored, not what it compu
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Architecture fields of the model's config, and a few hundred of its weights rounded to bfloat16.
 
-    Weights that are quantized or not in memory are left out. The sample survives a change of precision; a fine-tuned
+    Weights that are quantized, sharded or not in memory are left out. The sample survives a change of precision; a fine-tuned
     copy of the model does not match.
 
     The head is left out: a task's is random at each load. So a base matches itself loaded with any auto class that names
@@ -65,6 +65,8 @@ def digest(model: nn.Module) -> str:
     """SHA-256 over the bytes of every weight of the model."""
     sha = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
+        if name.startswith(f"{LENT}."):
+            continue
         sha.update(name.encode())
         sha.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
     return sha.hexdigest()
@@ -75,8 +77,11 @@ def _sample(model: nn.Module) -> dict[str, list[int]]:
     head = set(head_names(model))
     named = sorted(
         (name, parameter)
-        for name, parameter in model.named_parameters()
-        if name not in head and parameter.is_floating_point() and not parameter.is_meta
+        for name, parameter in own_parameters(model)
+        if name not in head
+        and type(parameter) in (nn.Parameter, torch.Tensor)  # a quantized or a sharded weight is of another
+        and parameter.is_floating_point()
+        and not parameter.is_meta
     )
     chosen = named[:: max(1, len(named) // _PARAMETERS)][:_PARAMETERS]
     sample = {}

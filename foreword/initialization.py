@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .anatomy import attention_sites, sample_inputs, stacks, text_room, text_stack
+from .anatomy import attention_sites, input_device, sample_inputs, stacks, text_room, text_stack
 from .attention import AttentionCall, intercept
 from .config import PrefixConfig
 from .data import Example
@@ -149,9 +149,9 @@ def compact_prefix(
         return text_prefix(model, input_ids)
     text_ids = _batch_of_one(model, input_ids)
     text = _observe(model, text_ids)
-    rows = pad_sequence([torch.tensor(list(row)) for row, _ in further], batch_first=True).to(model.device)
+    rows = pad_sequence([torch.tensor(list(row)) for row, _ in further], batch_first=True).to(input_device(model))
     column = torch.arange(rows.shape[1])
-    asks = torch.stack([(column >= prompt - 1) & (column < len(row) - 1) for row, prompt in further]).to(model.device)
+    asks = torch.stack([(column >= prompt - 1) & (column < len(row) - 1) for row, prompt in further]).to(input_device(model))
 
     # Read the further rows after the whole text: what do their completions attend to, what do they get?
     reading = _observe(model, rows, len(input_ids), lambda i, call: _run_after(text[i], call))
@@ -252,7 +252,7 @@ def _record(
 def _batch_of_one(model: PreTrainedModel, input_ids: Sequence[int]) -> Int[Tensor, "1 S"]:
     if not len(input_ids):
         raise ConfigError("The text that the prefix should start from has no tokens.")
-    return torch.tensor([list(input_ids)], device=model.device)
+    return torch.tensor([list(input_ids)], device=input_device(model))
 
 
 def _lengths(model: PreTrainedModel, config: PrefixConfig) -> dict[str, int]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
+from .anatomy import input_device
 from .attachment import attach
 from .config import TrainConfig
 from .data import Example, schedule
@@ -73,7 +74,7 @@ class Trainer:
         folder: RunFolder | None,
     ) -> None:
         self.model, self.loss, self.config, self.accelerator, self.folder = model, loss, config, accelerator, folder
-        self.prefix = reparameterization.to(model.device)
+        self.prefix = reparameterization.to(input_device(model))
         head = list(self.prefix.head_parameters)
         own = [parameter for parameter in self.prefix.parameters() if all(parameter is not h for h in head)]
         groups = [{"params": own, "peak": config.learning_rate}, {"params": head, "peak": config.head_learning_rate}]
@@ -125,7 +126,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * left
         labels = sum(example.units for example in examples)
-        losses = torch.zeros((), device=self.model.device)
+        losses = torch.zeros((), device=input_device(self.model))
         parts = _parts(examples, config.micro_batches * accelerator.num_processes)
         self.optimizer.zero_grad()
         seed = f"{config.seed} {state.step} {accelerator.process_index}"  # so that training resumes with the same masks
@@ -152,7 +153,7 @@ class Trainer:
         rank, world, size = self.accelerator.process_index, self.accelerator.num_processes, self.config.batch_size
         by_length = sorted(held_out, key=lambda example: len(example.input_ids))
         batches = [by_length[i : i + size] for i in range(0, len(by_length), size)]
-        total = torch.zeros((), device=self.model.device)
+        total = torch.zeros((), device=input_device(self.model))
         for batch in batches[rank::world]:
             total += self.loss(self.model, batch)
         loss = float(self._sum(total)) / sum(example.units for example in held_out)
@@ -209,7 +210,7 @@ def _dropout(model: PreTrainedModel, seed: str) -> Iterator[None]:
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
-    device = model.device
+    device = input_device(model)
     try:
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             torch.manual_seed(random.Random(seed).getrandbits(63))

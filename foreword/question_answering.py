@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .anatomy import input_device
 from .data import IGNORED, Example, HeadRow, encode_each, row_fields, row_text
 from .encoding import encode_text, run_head
 from .errors import DataError
@@ -74,7 +75,7 @@ def _logits(model: PreTrainedModel, examples: Sequence[Example]) -> tuple[Tensor
 
 def loss(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
     """The summed cross-entropy of first and last token, in nats."""
-    right = torch.tensor([example.labels or () for example in examples], device=model.device)
+    right = torch.tensor([example.labels or () for example in examples], device=input_device(model))
     first, last = _logits(model, examples)
     return cross_entropy(first, right[:, 0], reduction="sum") + cross_entropy(last, right[:, 1], reduction="sum")
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .anatomy import stacks, text_room
+from .anatomy import input_device, stacks, text_room
 from .config import PrefixConfig, TrainConfig
 from .data import Data, Example, schedule
 from .errors import ConfigError, DataError
@@ -84,7 +84,7 @@ def train(
     _check_tracker(config.tracker)
     about = task.about(model, tokenizer)
     rows, held_out_rows, skipped = _examples(model, tokenizer, data, held_out, prefix, config, about)
-    accelerator = Accelerator(cpu=model.device.type == "cpu", log_with=config.tracker, project_dir=run)
+    accelerator = Accelerator(cpu=input_device(model).type == "cpu", log_with=config.tracker, project_dir=run)
     asked = {"prefix": asdict(prefix), "train": asdict(config), "data": _digest([*rows, *held_out_rows])}
     folder = None
     if run is not None and accelerator.is_main_process:

@@ -1,25 +1,66 @@
-"""Run by test_attention in a fresh interpreter: the shape checks of the tests cannot be compiled, the package can."""
+"""Run by test_models in a fresh interpreter: the shape checks of the tests cannot be compiled, the package can."""
+
+import sys
+import warnings
+from typing import Any
 
 import torch
-from tiny import FAMILIES, make_model
+from tiny import gradients_of
+from transformers import CompileConfig
+from zoo import inputs_of, make_model, named, said, tokens
 
 import foreword
 from foreword.initialization import random_prefix
 
+warnings.simplefilter("ignore")
 
-def check(family: str, implementation: str, tolerance: float) -> None:
+
+def layers(family: str) -> None:
+    """Each layer with attention as one graph, forward and backward; as `foreword train` and Accelerate compile them."""
+    model = make_model(family).requires_grad_(False)
+    inputs, prefix = inputs_of(model, 2), random_prefix(model, 3).double()
+    found = []
+    with foreword.attach(model, prefix):
+        for compiled in (False, True):
+            if compiled:
+                names = {site.name for site in foreword.attention_sites(model)}
+                for name, module in model.named_modules():
+                    if isinstance(module, torch.nn.ModuleList):
+                        for number, layer in module.named_children():
+                            if any(site.startswith(f"{name}.{number}.") for site in names):
+                                layer.compile(backend="aot_eager", fullgraph=True)
+            prefix.zero_grad()
+            output = said(model, inputs)
+            output.pow(2).mean().backward()
+            found.append([output, *gradients_of(prefix)])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+def static_cache(family: str) -> None:
+    """`generate` with the compiled decoding that GPUs get by default."""
     model = make_model(family)
-    model.set_attn_implementation(implementation)
-    ids = torch.arange(14).reshape(2, 7)
-    torch.compiler.reset()
-    with torch.no_grad(), foreword.attach(model, random_prefix(model, 3).double()):
-        expected = model(ids).logits
-        found = torch.compile(model, backend="aot_eager")(ids).logits
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-    print(family, implementation)
+    config: Any = CompileConfig(backend="aot_eager", fullgraph=False)
+    config._compile_all_devices = True
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 259}
+    fast = options | {"cache_implementation": "static", "compile_config": config}
+    try:
+        model.generate(tokens(2, 6), **fast)
+    except Exception as error:
+        raise NotImplementedError(" ".join(str(error).split())[:160]) from error
+    with foreword.attach(model, random_prefix(model, 3).double()):
+        expected = model.generate(tokens(2, 6), **options)
+        assert torch.equal(model.generate(tokens(2, 6), **fast), expected)
 
 
 if __name__ == "__main__":
-    for family in FAMILIES:
-        check(family, "sdpa", 1e-9)
-        check(family, "eager", 1e-5)
+    for check, families in ((layers, named()), (static_cache, named("decoder", "hybrid"))):
+        for family in families if len(sys.argv) == 1 else [name for name in families if name in sys.argv]:
+            torch.compiler.reset()
+            try:
+                check(family)
+                outcome = "same"
+            except NotImplementedError as error:
+                outcome = f"without a prefix too: {error}"
+            except Exception as error:
+                outcome = f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
+            print(f"{family} {check.__name__.replace('_', ' ')}: {outcome}", flush=True)

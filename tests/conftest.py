@@ -17,12 +17,35 @@ from typing import NamedTuple  # noqa: E402
 
 import pytest  # noqa: E402
 import transformers  # noqa: E402
-from tiny import FAMILIES, ROWS, make_model, make_tokenizer  # noqa: E402
+from matrix import Collector  # noqa: E402
+from tiny import ROWS, make_tokenizer  # noqa: E402
+from zoo import FAMILIES, USUAL, make_model  # noqa: E402
 from transformers import PreTrainedModel, PreTrainedTokenizerFast  # noqa: E402
 
 from foreword import cli  # noqa: E402
 
 transformers.logging.disable_progress_bar()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-family", action="store_true", help="run each feature on every family, not on a few")
+    parser.addoption("--matrix", type=Path, help="write which family was seen to do what to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if file := config.getoption("matrix"):
+        config.pluginmanager.register(Collector(file))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without --every-family, families much like another one are left out."""
+    chosen = {True: list[pytest.Item](), False: list[pytest.Item]()}
+    for item in items:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        family = parameters.get("family")
+        chosen[config.getoption("every_family") or family is None or family in USUAL].append(item)
+    items[:] = chosen[True]
+    config.hook.pytest_deselected(items=chosen[False])
 
 
 class Result(NamedTuple):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import FAMILIES, gradients_of, make_model, tokens
+from tiny import cache_of, checkpoint_activations, gradients_of
+from zoo import FAMILIES, make_model, tokens
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -111,8 +112,8 @@ def test_cached_decoding_equals_full_forward(model, exact):
         full = logits(model, ids)
         with torch.no_grad():
             first = model(input_ids=ids[:, :5], use_cache=True)
-            second = model(input_ids=ids[:, 5:7], past_key_values=first.past_key_values, use_cache=True)
-            third = model(input_ids=ids[:, 7:], past_key_values=second.past_key_values, use_cache=True)
+            second = model(input_ids=ids[:, 5:7], **cache_of(first), use_cache=True)
+            third = model(input_ids=ids[:, 7:], **cache_of(second), use_cache=True)
     stepwise = torch.cat([first.logits, second.logits, third.logits], 1)
     torch.testing.assert_close(stepwise, full, **exact)
 
@@ -211,8 +212,7 @@ def test_gradient_checkpointing_changes_nothing(model, exact):
         return gradients_of(prefix)
 
     plain = gradients()
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    checkpoint_activations(model, reentrant=False)
     model.train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

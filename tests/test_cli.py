@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny import ROWS, make_model
+from tiny import ROWS
+from zoo import make_model
 
 import foreword
 from foreword.initialization import random_prefix

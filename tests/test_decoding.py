@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, make_model, tokens
+from zoo import FAMILIES, make_model, tokens
 from torch import Tensor
 from transformers import StaticCache
 

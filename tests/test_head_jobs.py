@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import HEAD_ROWS, make_encoder, make_pair_tokenizer, make_tokenizer
+from tiny import HEAD_ROWS, make_pair_tokenizer, make_tokenizer
+from zoo import make_model
 
 import foreword
 from foreword import TrainConfig, load_base, train
@@ -21,7 +22,7 @@ LABELS = ["bad", "good"]
 
 
 def save_bert(folder: Path, head: str, **changes: Any) -> Path:
-    make_encoder("Bert", head, max_position_embeddings=128, **changes).float().save_pretrained(folder)
+    make_model("bert", head=head, **changes).float().save_pretrained(folder)
     make_pair_tokenizer().save_pretrained(folder)
     return folder
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ENCODERS, HEAD_ROWS, gradients_of, make_encoder, make_model, make_pair_tokenizer, make_tokenizer
+from tiny import HEAD_ROWS, gradients_of, make_pair_tokenizer, make_tokenizer
+from zoo import ENCODERS, make_model
 from torch.nn.functional import cross_entropy
 
 import foreword
@@ -31,9 +32,7 @@ def make_base(family: str, task: str, seed: int = 0, **changes: Any) -> tuple[An
     head, labels = TASKS[task].model_class, find_labels(TASKS[task], HEAD_ROWS[task])
     if labels is not None:
         changes |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    if family in ENCODERS:
-        return make_encoder(family, head, seed, max_position_embeddings=128, **changes), make_pair_tokenizer()
-    return make_model(family, seed, head, **changes), make_tokenizer()
+    return make_model(family, seed, head, **changes), make_pair_tokenizer() if family in ENCODERS else make_tokenizer()
 
 
 def examples_of(model: Any, tokenizer: Any, task: str, count: int = 4) -> list[Any]:
@@ -43,7 +42,7 @@ def examples_of(model: Any, tokenizer: Any, task: str, count: int = 4) -> list[A
 
 @pytest.fixture
 def bert() -> tuple[Any, Any]:
-    return make_base("Bert", "classification")
+    return make_base("bert", "classification")
 
 
 def head_of(prefix: Prefix) -> dict[str, torch.Tensor]:
@@ -107,7 +106,7 @@ def test_loss_is_a_sum_over_rows_and_every_tensor_gets_a_gradient(family, task):
 @pytest.mark.parametrize("task", EACH_TASK)
 def test_loss_is_that_of_the_model_itself(task):
     """For one row Transformers' own loss is the mean over the labels; QA's over the two ends."""
-    model, tokenizer = make_base("Bert", task)
+    model, tokenizer = make_base("bert", task)
     for example in examples_of(model, tokenizer, task):
         labels = torch.tensor([example.labels])
         given = {"labels": labels.squeeze(-1) if task == "classification" else labels}
@@ -120,7 +119,7 @@ def test_loss_is_that_of_the_model_itself(task):
 
 
 @pytest.mark.feature("classification head")
-@pytest.mark.parametrize("family", ["Bert", "gpt2"])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_head_learns_at_its_own_rate_and_micro_batches_change_nothing(family):
     model, tokenizer = make_base(family, "classification")
     rows = HEAD_ROWS["classification"]
@@ -140,7 +139,7 @@ def test_head_learns_at_its_own_rate_and_micro_batches_change_nothing(family):
 
 @pytest.mark.feature("classification head")
 def test_dropout_is_that_of_the_base_and_repeats_with_the_seed():
-    model, tokenizer = make_base("Bert", "classification")
+    model, tokenizer = make_base("bert", "classification")
 
     def trained(**options: Any) -> Prefix:
         config = TrainConfig(task="classification", steps=3, **options)
@@ -155,7 +154,7 @@ def test_dropout_is_that_of_the_base_and_repeats_with_the_seed():
 
 @pytest.mark.feature("classification head")
 def test_base_in_bfloat16_trains_a_head_in_float32():
-    model, tokenizer = make_base("Bert", "classification")
+    model, tokenizer = make_base("bert", "classification")
     model = model.to(torch.bfloat16)
     config = TrainConfig(task="classification", steps=3, head_learning_rate=1e-4)
     prefix = train(model, tokenizer, HEAD_ROWS["classification"], SMALL, config)
@@ -166,7 +165,7 @@ def test_base_in_bfloat16_trains_a_head_in_float32():
 
 @pytest.mark.feature("classification head")
 @pytest.mark.parametrize("initialization", ["random", "noop", "text", "demonstrations"])
-@pytest.mark.parametrize("family", ["Bert", "ModernBert", "llama"])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "llama"])
 def test_prefix_of_a_head_may_start_anywhere(family, initialization):
     model, tokenizer = make_base(family, "classification")
     text = "is it glad or sad?" if initialization == "text" else None
@@ -245,10 +244,10 @@ def test_one_batch_has_one_head(bert):
 def test_head_that_does_not_fit_is_refused(bert):
     prefix = random_with_head(bert[0])
     labels = {"id2label": {i: str(i) for i in range(5)}, "label2id": {str(i): i for i in range(5)}}
-    five = make_encoder("Bert", "ForSequenceClassification", max_position_embeddings=128, **labels)
+    five = make_model("bert", head="ForSequenceClassification", **labels)
     with pytest.raises(ModelMismatchError, match=r"classifier.bias \(2,\), but .* has \(5,\).*load_base"):
         attach(five, prefix)
-    masked = make_encoder("Bert", "ForMaskedLM", max_position_embeddings=128)
+    masked = make_model("bert", head="ForMaskedLM")
     masked.bert.load_state_dict(bert[0].bert.state_dict(), strict=False)
     with pytest.raises(ModelMismatchError, match="has no such parameter"):
         attach(masked, prefix)
@@ -277,7 +276,7 @@ def test_parameters_that_a_checkpoint_lacks_belong_to_the_head(bert):
     assert set(head_names(model)) == {"classifier.weight", "classifier.bias"}
     note_missing(model, ["bert.pooler.dense.weight"])
     assert set(head_names(model)) == {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight"}
-    assert head_names(make_encoder("Bert")) == []
+    assert head_names(make_model("bert")) == []
 
 
 # ------------------------------------------------------------------------------------------------------- rows and ids
@@ -338,7 +337,7 @@ def test_answer_is_found_in_the_context(make):
 
 
 @pytest.mark.feature("question answering head")
-@pytest.mark.parametrize("family", ["Bert", "llama"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
 def test_answer_is_the_likeliest_stretch_of_the_context(family):
     model, tokenizer = make_base(family, "question_answering")
     rows = read(TASKS["question_answering"], HEAD_ROWS["question_answering"])[0]

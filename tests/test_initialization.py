@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny import ROWS, gradients_of, make_model
+from tiny import ROWS, gradients_of
+from zoo import make_model
 
 from foreword import PrefixConfig, attach
 from foreword.completion import completion_loss

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ROWS, make_model
+from tiny import ROWS
+from zoo import make_model
 from torch.nn.functional import cross_entropy
 
 import foreword

@@ -1,126 +1,16 @@
-"""Tiny random models of many families, a byte-level tokenizer, and a few rows."""
+"""Byte-level tokenizers, a few rows, and what differs between versions of Transformers."""
 
+import inspect
 from typing import Any
 
-import torch
-import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-_ROTARY = {
-    "vocab_size": 260,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
-_FAMILIES = {
-    "gpt2": ("GPT2", {"vocab_size": 260, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}),
-    "llama": ("Llama", _ROTARY),
-    "qwen3": ("Qwen3", _ROTARY),
-    "gemma3": (
-        "Gemma3",
-        _ROTARY | {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
-    ),
-}
-_MOE = _ROTARY | {"num_experts_per_tok": 1, "moe_intermediate_size": 16}
-_LATENT = {
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 12,
-}
-_LINEAR = {f"linear_{name}": 2 if "num" in name else 8 for name in
-           ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")}  # fmt: skip
-_FURTHER = {
-    "opt": ("OPT", {"vocab_size": 260, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-                    "word_embed_proj_dim": 32, "max_position_embeddings": 256}),
-    "gpt_neox": ("GPTNeoX", _ROTARY),
-    "mistral": ("Mistral", _ROTARY | {"sliding_window": 24}),
-    "mixtral": ("Mixtral", _ROTARY | {"num_local_experts": 2, "num_experts_per_tok": 1}),
-    "qwen2": ("Qwen2", _ROTARY),
-    "qwen3_moe": ("Qwen3Moe", _MOE | {"num_experts": 2}),
-    "phi3": ("Phi3", _ROTARY),
-    "gemma2": ("Gemma2", _ROTARY | {"sliding_window": 24, "query_pre_attn_scalar": 8}),
-    "gpt_oss": ("GptOss", _ROTARY | {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 24}),
-    "olmo2": ("Olmo2", _ROTARY),
-    "granite": ("Granite", _ROTARY),
-    "starcoder2": ("Starcoder2", _ROTARY),
-    "deepseek_v3": ("DeepseekV3", _MOE | _LATENT | {"n_routed_experts": 4, "n_group": 2, "topk_group": 1,
-                                                    "num_experts_per_tok": 2, "first_k_dense_replace": 1}),
-    "roberta": ("Roberta", {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-                            "num_attention_heads": 4, "max_position_embeddings": 400, "is_decoder": True}),
-}  # fmt: skip
-_HYBRIDS = {  # the layers without attention, by name
-    "qwen3_next": ("Qwen3Next", _MOE | _LINEAR | {"num_experts": 2, "shared_expert_intermediate_size": 16,
-                   "layer_types": ["linear_attention", "full_attention", "linear_attention"]}),
-    "lfm2": ("Lfm2", _ROTARY | {"layer_types": ["conv", "full_attention", "conv"]}),
-    "falcon_h1": ("FalconH1", _ROTARY | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}),
-}  # fmt: skip
-ENCODERS = {
-    "Bert": {},
-    "Roberta": {},
-    "DistilBert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
-    "ModernBert": {"local_attention": 8, "cls_token_id": 2, "sep_token_id": 3},
-    "Electra": {"embedding_size": 32},
-}
-FAMILIES, FURTHER, HYBRIDS = list(_FAMILIES), list(_FURTHER), list(_HYBRIDS)
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-
-
-def make_model(family: str, seed: int = 0, head: str | None = None, **changes: object) -> Any:
-    """A tiny random model in evaluation mode and float64, with weights large enough that attention matters.
-
-    `head`: how its class is named after the family; by default one with a language-model head.
-    """
-    name, fields = (_FAMILIES | _FURTHER | _HYBRIDS)[family]
-    config_name = f"{name}TextConfig" if family == "gemma3" else f"{name}Config"
-    model_name = name + (head or ("LMHeadModel" if family == "gpt2" else "ForCausalLM"))
-    torch.manual_seed(seed)
-    config = getattr(transformers, config_name)(
-        **(fields | changes), bos_token_id=257, eos_token_id=258, pad_token_id=259
-    )
-    model = getattr(transformers, model_name)(config).double().eval()
-    if "experts" in str(config):
-        model.set_experts_implementation("eager")  # the grouped one has no float64
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(4)
-    return model
-
-
-def make_encoder(family: str, head: str = "Model", seed: int = 0, **changes: object) -> Any:
-    """A tiny random encoder, as `make_model` makes decoders."""
-    fields = {
-        "vocab_size": 260,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
-        "pad_token_id": 1,
-        "bos_token_id": 2,
-        "eos_token_id": 3,
-    }
-    if family == "DistilBert":
-        fields = {name: fields[name] for name in ("vocab_size", "max_position_embeddings", "pad_token_id")}
-    torch.manual_seed(seed)
-    config = getattr(transformers, f"{family}Config")(**(fields | ENCODERS[family] | changes))
-    model = getattr(transformers, family + head)(config).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(4)
-    return model
 
 
 def make_pair_tokenizer() -> PreTrainedTokenizerFast:
@@ -155,11 +45,6 @@ def make_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def tokens(*shape: int, seed: int = 0) -> Tensor:
-    """Random token ids, none of them special."""
-    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed))
-
-
 def gradients_of(module: nn.Module) -> list[Tensor]:
     """A copy of the gradient of each parameter; all have one."""
     gradients = [parameter.grad for parameter in module.parameters()]
@@ -188,3 +73,21 @@ ROWS = [
     {"prompt": f"say {word} twice", "completion": f"{word} {word}"}
     for word in ["owl", "fox", "elk", "bee", "ant", "cat", "dog", "hen"] * 3
 ]
+
+
+# Transformers 5.24 gave a few things new names, and warns of the old ones.
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+
+
+def cache_of(output: Any) -> dict[str, Any]:
+    """The cache that a forward or `generate` returned, as an argument for the next."""
+    return {CACHE: output[CACHE]}
+
+
+def checkpoint_activations(model: Any, *, reentrant: bool) -> None:
+    """Switch on checkpointing of either kind."""
+    options = {"use_reentrant": reentrant}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
