@@ -119,8 +119,9 @@ def _inputs(
     if "decoder_input_ids" in parameters and getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = decoder_tokens
     # A model that inserts images into its text has a token for them; without one, image and text go side by side.
-    if "pixel_values" in parameters and not any("image_token" in key for key in vars(config)):
-        vision = getattr(config, "vision_config", config)
+    vision = getattr(config, "vision_config", config)
+    images = "pixel_values" in parameters and hasattr(vision, "image_size")
+    if images and not any("image_token" in key for key in vars(config)):
         size = vision.image_size
         shape = (1, vision.num_channels, *((size, size) if isinstance(size, int) else size))
         inputs["pixel_values"] = torch.randn(shape, generator=generator)

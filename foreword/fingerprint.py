@@ -1,6 +1,7 @@
 """What makes a base model this model and no other: its architecture fields and a digest of sampled weights."""
 
 import hashlib
+from math import isfinite
 from typing import Any
 
 import torch
@@ -30,12 +31,20 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     `AutoModel` (`encoder...`), and few classes keep their base under another name, such as `LlamaForQuestionAnswering`.
     """
     config: Any = model.config
-    architecture = {
-        key: value
-        for key, value in config.to_dict().items()
-        if key.lstrip("_") not in _VOLATILE and not key.endswith("_token_id") and value is not None
-    }
-    return {"architecture": architecture, "weights": _sample(model)}
+    return {"architecture": _architecture(config.to_dict()), "weights": _sample(model)}
+
+
+def _architecture(value: Any) -> Any:
+    """What of a config says how the model is built, as JSON holds it: the configs inside it too."""
+    if isinstance(value, dict):
+        return {
+            str(key): _architecture(inner)
+            for key, inner in value.items()
+            if not str(key).endswith("_token_id") and str(key).lstrip("_") not in _VOLATILE and inner is not None
+        }
+    if isinstance(value, (list, tuple)):
+        return [_architecture(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not isfinite(value) else value
 
 
 def check_fingerprint(expected: dict[str, Any], model: nn.Module, name: str) -> None:
@@ -68,7 +77,7 @@ def digest(model: nn.Module) -> str:
         if name.startswith(f"{LENT}."):
             continue
         sha.update(name.encode())
-        sha.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+        sha.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return sha.hexdigest()
 
 

@@ -94,15 +94,13 @@ def test_gates(family, path, monkeypatch):
 def test_padding_changes_nothing(family):
     model = make_model(family)
     inputs = inputs_of(model, 1, 7)
-    sides = ["right"] if kind_of(family) == "encoder" else ["left", "right"]
+    sides = ["left", "right"] if kind_of(family) in ("decoder", "hybrid") else ["right"]  # the others' tokens have fixed places
     with torch.no_grad(), attach(model, random(model, 3)):
         expected = said(model, inputs)
         for side in sides:
             extra = torch.full((1, 4), model.config.get_text_config().pad_token_id)
             pieces = [extra, inputs["input_ids"]] if side == "left" else [inputs["input_ids"], extra]
             ids = torch.cat(pieces, 1)
-            if kind_of(family) == "contrastive" and side == "left":
-                continue  # its text ends at the last token
             mask = torch.zeros_like(ids)
             mask[:, slice(4, None) if side == "left" else slice(0, 7)] = 1
             found = said(model, inputs | {"input_ids": ids, "attention_mask": mask})
@@ -224,6 +222,8 @@ def equal(found: Any, expected: Any) -> None:
 def test_generate(family, way):
     """As with the text in context; where no text stands for a prefix, as without a cache."""
     model = make_model(family)
+    if way == "offloaded cache" and not torch.cuda.is_available():
+        pytest.skip("offloads from a GPU; not run where there is none")
     given, options = asked_of(model, 2), OPTIONS | WAYS[way]
     if way in ("assisted", "prompt lookup"):  # Transformers runs these on one row
         given = row(given, 0)
@@ -390,7 +390,7 @@ def test_trainer_trains_an_attached_prefix(family, tmp_path):
         return {k: torch.stack([r[k] for r in chosen]) if isinstance(v, Tensor) else v for k, v in chosen[0].items()}
 
     arguments = transformers.TrainingArguments(
-        str(tmp_path), learning_rate=0.1, max_steps=6, per_device_train_batch_size=4, report_to=[], save_strategy="no",
+        str(tmp_path), learning_rate=0.01, max_steps=6, per_device_train_batch_size=4, report_to=[], save_strategy="no",
         disable_tqdm=True, logging_steps=1, use_cpu=True,
     )  # fmt: skip
     prefix, before = random(model, 4), digest(model)
@@ -412,7 +412,7 @@ def test_sft_trainer_trains_an_attached_prefix(family, tokenizer, tmp_path):
     model = make_model(family).float().requires_grad_(False)
     prefix, before = random(model, 4), digest(model)
     config = trl.SFTConfig(
-        str(tmp_path), learning_rate=0.1, max_steps=6, report_to=[], save_strategy="no", disable_tqdm=True,
+        str(tmp_path), learning_rate=0.03, max_steps=6, report_to=[], save_strategy="no", disable_tqdm=True,
         logging_steps=1, use_cpu=True, max_length=64, bf16=False,
     )  # fmt: skip
     with attach(model, prefix):
@@ -438,12 +438,15 @@ def without_dropout(model: Any) -> Any:
 def gradients(model: Any, prefix: Prefix, inputs: dict[str, Any]) -> list[Tensor]:
     prefix.zero_grad()
     with attach(model, prefix):
-        said(model, inputs).pow(2).mean().backward()
+        output = said(model, inputs)
+        generator = torch.Generator().manual_seed(5)
+        (output * torch.randn(output.shape, generator=generator)).mean().backward()  # squares have no gradient behind a norm
     return gradients_of(prefix)
 
 
 @feature("gradient checkpointing")
 @families()
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # PyTorch, of re-entrant checkpointing
 def test_checkpointed_gradients_are_the_same_and_reentrant_ones_refused(family):
     model = without_dropout(make_model(family).requires_grad_(False))
     inputs, prefix = inputs_of(model, 2), random(model, 3)
@@ -519,8 +522,9 @@ def test_lora_and_a_prefix_together(family):
         close(mixed, torch.stack([found[0], base[1]]))
         found.pow(2).mean().backward()
     if kind_of(family) == "decoder":
+        expected = said(adapted, after_context(inputs))[:, 5:]
         with attach(adapted, text_prefix(inner, CONTEXT.tolist()).double()):
-            close(said(adapted, inputs), said(adapted, after_context(inputs))[:, 5:])
+            close(said(adapted, inputs), expected)
     assert all(gradient.abs().sum() > 0 for gradient in gradients_of(prefix))
     lora = [p for name, p in adapted.named_parameters() if "lora_" in name and p.grad is not None]
     assert lora
@@ -533,6 +537,8 @@ def test_lora_and_a_prefix_together(family):
 def test_base_in_8_bit(family, tmp_path):
     torchao = pytest.importorskip("torchao.quantization")
     whole = make_model(family).float()
+    if not any(isinstance(module, torch.nn.Linear) for name, module in whole.named_modules() if name != "lm_head"):
+        pytest.skip("has no linear layers that torchao quantizes")
     whole.save_pretrained(tmp_path)
     quantization = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig())
     model: Any = type(whole).from_pretrained(tmp_path, quantization_config=quantization, dtype=torch.float32).eval()
@@ -566,7 +572,7 @@ def layers_on_disk(model: Any) -> dict[str, str]:
         inner = [(n, child) for n, child in module.named_children() if any(isinstance(m, torch.nn.ModuleList) for m in child.modules())]
         if isinstance(module, torch.nn.ModuleList) or not inner:
             return {name: "disk" if isinstance(module, torch.nn.ModuleList) else "cpu"}
-        found = {f"{name}.{n}" if name else n: "cpu" for n, _ in module._parameters.items()}
+        found = dict.fromkeys([f"{name}.{n}" if name else n for n in module._parameters], "cpu")
         for n, child in module.named_children():
             found |= places(child, f"{name}.{n}" if name else n)
         return found

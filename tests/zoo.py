@@ -63,8 +63,7 @@ ZOO: dict[str, Family] = {
     "granite": Family("Granite", "decoder", "Granite", _ROTARY),
     "starcoder2": Family("StarCoder 2", "decoder", "Starcoder2", _ROTARY | {"num_key_value_heads": 1}),
     "deepseek_v3": Family("DeepSeek-V3", "decoder", "DeepseekV3", _MOE | _LATENT),
-    "roberta_decoder": Family("RoBERTa as decoder", "decoder", "Roberta", _IDS | _TOWER | {"vocab_size": 260,
-                              "max_position_embeddings": 400, "is_decoder": True}),
+    "roberta_decoder": Family("RoBERTa as decoder", "decoder", "Roberta", _TEXT | {"is_decoder": True}),
     "qwen3_next": Family("Qwen3-Next", "hybrid", "Qwen3Next", _MOE | _LINEAR | {"num_experts": 2,
                          "shared_expert_intermediate_size": 16,
                          "layer_types": ["linear_attention", "full_attention", "linear_attention"]}),
@@ -125,8 +124,8 @@ def make_model(name: str, seed: int = 0, head: str | None = None, **changes: obj
         model.set_experts_implementation("eager")  # the grouped one has no float64
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(4)
+            if parameter.dim() == 2 and parameter.requires_grad:
+                parameter.mul_(2 if config.is_encoder_decoder else 4)
     return model
 
 
