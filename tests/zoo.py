@@ -63,7 +63,8 @@ ZOO: dict[str, Family] = {
     "granite": Family("Granite", "decoder", "Granite", _ROTARY),
     "starcoder2": Family("StarCoder 2", "decoder", "Starcoder2", _ROTARY | {"num_key_value_heads": 1}),
     "deepseek_v3": Family("DeepSeek-V3", "decoder", "DeepseekV3", _MOE | _LATENT),
-    "roberta_decoder": Family("RoBERTa as decoder", "decoder", "Roberta", _TEXT | {"is_decoder": True}),
+    "roberta_decoder": Family("RoBERTa as decoder", "decoder", "Roberta", _TEXT | {"is_decoder": True,
+                              "max_position_embeddings": 400}),
     "qwen3_next": Family("Qwen3-Next", "hybrid", "Qwen3Next", _MOE | _LINEAR | {"num_experts": 2,
                          "shared_expert_intermediate_size": 16,
                          "layer_types": ["linear_attention", "full_attention", "linear_attention"]}),
@@ -122,10 +123,11 @@ def make_model(name: str, seed: int = 0, head: str | None = None, **changes: obj
     model = cls(config).double().eval()
     if "experts" in str(config):
         model.set_experts_implementation("eager")  # the grouped one has no float64
+    larger = {"T5": 1, "Bart": 2, "Marian": 2, "Whisper": 2}.get(family.stem, 4)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2 and parameter.requires_grad:
-                parameter.mul_(2 if config.is_encoder_decoder else 4)
+                parameter.mul_(larger)
     return model
 
 
