@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tiny import gradients_of
 from transformers import CompileConfig
-from zoo import inputs_of, make_model, named, said, tokens
+from zoo import FAMILIES, inputs_of, make_model, named, said, tokens
 
 import foreword
 from foreword.initialization import random_prefix
@@ -16,9 +16,10 @@ from foreword.initialization import random_prefix
 warnings.simplefilter("ignore")
 
 
-def layers(family: str) -> None:
-    """Each layer with attention as one graph, forward and backward; as `foreword train` and Accelerate compile them."""
+def layers(family: str, implementation: str = "sdpa") -> None:
+    """Each layer with attention as one graph, forward and backward."""
     model = make_model(family).requires_grad_(False)
+    model.set_attn_implementation(implementation)
     if "experts" in str(model.config):  # of the ways to run experts this one can be compiled, in float32
         model.float().set_experts_implementation("batched_mm")
     inputs, prefix = inputs_of(model, 2), random_prefix(model, 3).to(model.dtype)
@@ -33,6 +34,9 @@ def layers(family: str) -> None:
     bare_or_not_at_all(lambda: said(model, inputs))
     with foreword.attach(model, prefix):
         torch.testing.assert_close(pass_through(model, inputs, prefix), expected, rtol=1e-4, atol=1e-4)
+    if implementation == "sdpa" and family in FAMILIES:
+        torch.compiler.reset()
+        layers(family, "eager")
 
 
 def pass_through(model: Any, inputs: dict[str, torch.Tensor], prefix: foreword.Prefix) -> list[torch.Tensor]:
