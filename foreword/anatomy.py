@@ -20,7 +20,7 @@ from .errors import ConfigError, ForewordError, UnsupportedModelError
 from .heads import own_parameters
 from .prefix import AttentionSite
 
-__all__ = ["Stack", "attention_sites", "input_device", "place", "sample_inputs", "stacks", "text_room", "text_stack"]
+__all__ = ["Stack", "attention_sites", "input_device", "layers_without_sites", "place", "sample_inputs", "stacks", "text_room", "text_stack"]
 
 _TOKEN, _TOKENS, _DECODER_TOKENS = 5, 4, 3  # two lengths, so that cross-attention shows itself
 
@@ -132,6 +132,18 @@ def _inputs(
         name: value.to(input_device(model), model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
     }
+
+
+def layers_without_sites(model: PreTrainedModel) -> list[str]:
+    """The layers that no prefix reaches, beside others that have attention: state spaces, convolutions, linear attention."""
+    sites = [site.name for site in attention_sites(model)]
+    layers = [
+        [f"{name}.{number}" for number, _ in module.named_children()]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    ]
+    reached = {layer for row in layers for layer in row if any(site.startswith(f"{layer}.") for site in sites)}
+    return [layer for row in layers if reached & set(row) for layer in row if layer not in reached]
 
 
 def input_device(model: nn.Module) -> torch.device:

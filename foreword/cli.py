@@ -6,7 +6,7 @@ Results go to stdout, everything else to stderr. Exit codes: 0, 1 for a failure,
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -240,6 +240,40 @@ def generate(
         else:
             text = " ".join(found) if isinstance(found, list) else found
             print(f"{name}: {text}" if len(loaded) > 1 else text)
+
+
+@app.command()
+def compose(
+    prefixes: Annotated[list[Path], typer.Argument(help="The prefix files, in their order.", show_default=False)],
+    composed: Annotated[Path, typer.Option("--out", help="The prefix file to write.", show_default=False)],
+    how: Annotated[
+        Literal["concatenate", "average"], typer.Option(help="One behind the other, or their mean.")
+    ] = "concatenate",
+    weights: Annotated[
+        list[float] | None, typer.Option("--weight", help="For the mean: one for each prefix, in their order.")
+    ] = None,
+    model: Model = None,
+    device: Device = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Make one prefix of several: one behind the other, keys rotated to their new positions, or their mean.
+
+    What that is good for: docs/composition.md.
+    """
+    from .composition import compose
+    from .store import check_writable, load, save
+
+    check_writable(composed)
+    loaded: dict[str, Prefix | None] = {str(path): load(path) for path in prefixes}
+    found = [prefix for path in prefixes if (prefix := loaded[str(path)]) is not None]
+    _, head = _common_task(loaded)
+    base = _load_base(model or _common_base(loaded), device, trust_remote_code, precision="float32", **head)
+    result = compose(base.model, found, how, weights)
+    save(result, composed)
+    out.print(
+        f"{composed}: {result.num_virtual_tokens} virtual tokens, {result.num_parameters:,} parameters, "
+        f"{human_bytes(composed.stat().st_size)}"
+    )
 
 
 app.command("list")(list_)

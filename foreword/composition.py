@@ -25,6 +25,7 @@ from .prefix import Prefix, SiteTensors
 __all__ = ["average", "compose", "concatenate", "starts_with_sink"]
 
 _TOKENS, _PLACES = 64, 4  # random tokens, and the positions between a prefix's first and last at which they are seen
+_SHARED = {"task": "tasks", "labels": "labels", "template": "chat templates", "encoder": "kinds of model"}  # in metadata
 _EXPLAINED = 0.5  # a pair of dimensions rotates if that leaves less than this of the change
 
 
@@ -51,7 +52,7 @@ def compose(
       Encoders and models without positions move nothing either.
 
     `average` takes the mean of keys, values and gates. The prefixes need the same number of virtual tokens, and hold
-    the same positions; a missing gate counts as one.
+    the same positions; a missing gate counts as one. Trained heads are averaged too.
 
     Args:
         model: the base model of all the prefixes.
@@ -61,7 +62,8 @@ def compose(
 
     Raises:
         ModelMismatchError: a prefix was made for another model.
-        ConfigError: the prefixes do not fit each other (sites, lengths, chat templates), or the weights do not fit.
+        ConfigError: the prefixes do not fit each other (sites, lengths, tasks, labels, heads, chat templates), or the weights do not
+            fit.
         UnsupportedModelError: the model does something else to its keys than rotating pairs of their dimensions.
         PositionError: together they overrun the model's table of learned positions.
 
@@ -91,6 +93,12 @@ def concatenate(model: PreTrainedModel, prefixes: Sequence[Prefix]) -> Prefix:
     metadata = _checked(model, prefixes)
     if len(prefixes) == 1:
         return deepcopy(prefixes[0])
+    for i, prefix in enumerate(prefixes):
+        if prefix.head is not None:
+            raise ConfigError(
+                f"Prefix {i + 1} of {len(prefixes)} has a trained head, and two heads cannot stand one behind the other. "
+                "Prefixes of one task with the same labels can be averaged: how='average'."
+            )
     offset, sink, pieces, parts = 0, False, [], []
     gated = any(prefix.gates is not None for prefix in prefixes)
     for prefix in prefixes:
@@ -132,14 +140,8 @@ def average(model: PreTrainedModel, prefixes: Sequence[Prefix], weights: Sequenc
         return deepcopy(prefixes[0])
     gated = any(prefix.gates is not None for prefix in prefixes)
     pieces = [_piece(model, prefix, 0, 0, gated) for prefix in prefixes]
-
-    def mean(tensors: Sequence[Tensor]) -> Tensor:
-        total = sum(share * tensor.double() for share, tensor in zip(shares, tensors, strict=True))
-        assert isinstance(total, Tensor)
-        return total.to(tensors[0].dtype)
-
     tensors = [
-        SiteTensors(mean(keys), mean(values), mean(gates) if gated else None)
+        SiteTensors(_mean(keys, shares), _mean(values, shares), _mean(gates, shares) if gated else None)
         for keys, values, gates in (zip(*entries, strict=True) for entries in zip(*pieces, strict=True))
     ]
     metadata |= {
@@ -152,7 +154,14 @@ def average(model: PreTrainedModel, prefixes: Sequence[Prefix], weights: Sequenc
             ],
         },
     }
-    return Prefix(prefixes[0].sites, tensors, position_offset=offsets[0], base=prefixes[0].base, metadata=metadata)
+    return Prefix(
+        prefixes[0].sites,
+        tensors,
+        position_offset=offsets[0],
+        base=prefixes[0].base,
+        metadata=metadata,
+        head=_mean_head(prefixes, shares),
+    )
 
 
 def starts_with_sink(prefix: Prefix) -> bool:
@@ -189,13 +198,32 @@ def _checked(model: PreTrainedModel, prefixes: Sequence[Prefix]) -> dict[str, An
                 f"{which} has {len(prefix.sites)} sites, the first one has {len(prefixes[0].sites)}, and they are not "
                 "the same ones. Compose prefixes of the same sites."
             )
-    templates = {prefix.metadata["template"] for prefix in prefixes if "template" in prefix.metadata}
-    if len(templates) > 1:
-        raise ConfigError(
-            f"The prefixes were trained with {len(templates)} different chat templates, so no prompt suits all of them. "
-            "Train them with one template."
-        )
-    return {"template": templates.pop()} if templates else {}
+    shared: dict[str, Any] = {}
+    for key, told in _SHARED.items():
+        values = [prefix.metadata[key] for prefix in prefixes if key in prefix.metadata]
+        if any(value != values[0] for value in values):
+            raise ConfigError(
+                f"The prefixes were trained with different {told}, so nothing suits all of them. Compose prefixes of one "
+                "task, trained alike."
+            )
+        shared |= {key: values[0]} if values else {}
+    return shared
+
+
+def _mean_head(prefixes: Sequence[Prefix], shares: Sequence[float]) -> dict[str, Tensor] | None:
+    """The weighted mean of the trained heads, which all the prefixes have or none."""
+    heads = [prefix.head or {} for prefix in prefixes]
+    shapes = [{name: tensor.shape for name, tensor in head.items()} for head in heads]
+    if any(shape != shapes[0] for shape in shapes):
+        raise ConfigError("The prefixes have trained heads that differ in their tensors, or some have none: no mean of them.")
+    names = list(heads[0])
+    means = [_mean([head[name].detach() for head in heads], shares) for name in names]
+    return dict(zip(names, means, strict=True)) or None
+
+
+def _mean(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    total = torch.stack([share * tensor.double() for share, tensor in zip(shares, tensors, strict=True)]).sum(0)
+    return total.to(tensors[0].dtype)
 
 
 def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -207,7 +235,7 @@ def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-def _listed(numbers: Sequence[float]) -> str:
+def _listed(numbers: Sequence[int] | Sequence[float]) -> str:
     return ", ".join(f"{number:g}" for number in numbers)
 
 

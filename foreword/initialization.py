@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .anatomy import attention_sites, input_device, sample_inputs, stacks, text_room, text_stack
+from .anatomy import attention_sites, input_device, layers_without_sites, sample_inputs, stacks, text_room, text_stack
 from .attention import AttentionCall, intercept
 from .config import PrefixConfig
 from .data import Example
@@ -285,6 +285,8 @@ def _prefix(
         (len(t.key) for s, t in zip(sites, copies, strict=True) if s.kind == "self" and s.name in placed), default=0
     )
     base = {"name": model.config._name_or_path or type(model).__name__, "fingerprint": fingerprint(model)}
+    if bare := layers_without_sites(model):
+        base["layers_without_sites"] = bare
     return Prefix(sites, copies, position_offset=offset, base=base, metadata=metadata)
 
 

@@ -58,6 +58,11 @@ def show(prefix: PrefixFile, as_json: Json = False) -> None:
         "positions": f"real tokens start at position {loaded.position_offset}",
         "prompts": "rendered by the chat template in the file" if about["template"] else "plain text",
     }
+    if bare := about["layers_without_sites"]:
+        facts["layers without"] = f"{', '.join(bare)}: no attention there that could see a prefix"
+    if parts := about["composition"].get("parts"):
+        lengths = " + ".join(str(part["virtual_tokens"]) for part in parts)
+        facts["composed"] = f"of {len(parts)} prefixes, {about['composition']['how']}: {lengths} virtual tokens"
     if training:
         facts["trained on"] = (
             f"{training['rows']} rows, {training['held_out_rows']} held out, in {training['precision']}"
@@ -88,7 +93,9 @@ def _about(header: dict[str, Any], path: Path) -> dict[str, Any]:
         "virtual_tokens": header["virtual_tokens"],
         "position_offset": header["position_offset"],
         "sites": header["sites"],
+        "layers_without_sites": header["base"].get("layers_without_sites", []),
         "template": metadata.get("template"),
+        "composition": metadata.get("composition", {}),
         "training": metadata.get("training", {}),
         "evaluation": metadata.get("evaluation", {}),
     }

@@ -82,6 +82,7 @@ class Trainer:
         self.optimizer = accelerator.prepare(optimizer)
         self.state = _State(self.prefix.snapshot())
         accelerator.register_for_checkpointing(self.prefix, self.state)
+        self.first = True  # step of this process
         self.tracked = config.tracker is not None
         if self.tracked:
             accelerator.init_trackers("foreword", config=asdict(config))
@@ -125,7 +126,8 @@ class Trainer:
         left = 1 - state.step / config.steps
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * left
-        labels = sum(example.units for example in examples)
+        labels, first = sum(example.units for example in examples), self.first
+        self.first = False
         losses = torch.zeros((), device=input_device(self.model))
         parts = _parts(examples, config.micro_batches * accelerator.num_processes)
         self.optimizer.zero_grad()
@@ -136,6 +138,8 @@ class Trainer:
                 loss = self.loss(self.model, part)
                 loss.backward()
                 losses += loss.detach()
+        if first:
+            self._check_gradient()
         self.optimizer.step()
         state.step += 1
         loss = float(self._sum(losses)) / labels
@@ -146,6 +150,15 @@ class Trainer:
             )
         tokens = sum(len(e.input_ids) for e in examples)
         return Progress(state.step, loss, config.learning_rate * left, tokens / (time.perf_counter() - began), None)
+
+    def _check_gradient(self) -> None:
+        """Kernels made for inference may let no gradient through and say nothing."""
+        if not any(p.grad is not None and bool(p.grad.any()) for p in self.prefix.parameters()):
+            raise ConfigError(
+                f"No gradient reaches the prefix through {type(self.model).__name__}, so nothing would be trained. Kernels "
+                "for inference do that, for example those that bitsandbytes uses for 4 bits on CPUs. Load the base in 8 "
+                "bits or unquantized."
+            )
 
     @torch.no_grad()
     def _evaluate(self, held_out: Sequence[Example]) -> float:
