@@ -5,13 +5,16 @@ BIN := .venv/bin
 # The CPU build of torch, from PyTorch's own index where it can be reached; two times quiet, as another index will do too.
 CPU_TORCH := -qq --retries 1 --no-deps --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0
 
-.PHONY: demo test check docs clean
+.PHONY: demo test test-all check docs clean
 
 demo: .venv/model ## train two prefixes for a real model and show what they do (6 minutes on 2 cores)
 	$(BIN)/foreword demo $(DEMO)
 
 test: .venv/dev ## run the tests
 	$(BIN)/pytest
+
+test-all: .venv/dev ## run them on every model family, and write which can do what to docs/models.md
+	$(BIN)/pytest --every-family --matrix docs/models.md
 
 check: .venv/dev ## lint, formatting, types, documentation up to date
 	$(BIN)/ruff check .

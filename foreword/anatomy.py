@@ -20,7 +20,17 @@ from .errors import ConfigError, ForewordError, UnsupportedModelError
 from .heads import own_parameters
 from .prefix import AttentionSite
 
-__all__ = ["Stack", "attention_sites", "input_device", "layers_without_sites", "place", "sample_inputs", "stacks", "text_room", "text_stack"]
+__all__ = [
+    "Stack",
+    "attention_sites",
+    "input_device",
+    "layers_without_sites",
+    "place",
+    "sample_inputs",
+    "stacks",
+    "text_room",
+    "text_stack",
+]
 
 _TOKEN, _TOKENS, _DECODER_TOKENS = 5, 4, 3  # two lengths, so that cross-attention shows itself
 

@@ -25,7 +25,12 @@ from .prefix import Prefix, SiteTensors
 __all__ = ["average", "compose", "concatenate", "starts_with_sink"]
 
 _TOKENS, _PLACES = 64, 4  # random tokens, and the positions between a prefix's first and last at which they are seen
-_SHARED = {"task": "tasks", "labels": "labels", "template": "chat templates", "encoder": "kinds of model"}  # in metadata
+_SHARED = {
+    "task": "tasks",
+    "labels": "labels",
+    "template": "chat templates",
+    "encoder": "kinds of model",
+}  # in metadata
 _EXPLAINED = 0.5  # a pair of dimensions rotates if that leaves less than this of the change
 
 
@@ -215,7 +220,9 @@ def _mean_head(prefixes: Sequence[Prefix], shares: Sequence[float]) -> dict[str,
     heads = [prefix.head or {} for prefix in prefixes]
     shapes = [{name: tensor.shape for name, tensor in head.items()} for head in heads]
     if any(shape != shapes[0] for shape in shapes):
-        raise ConfigError("The prefixes have trained heads that differ in their tensors, or some have none: no mean of them.")
+        raise ConfigError(
+            "The prefixes have trained heads that differ in their tensors, or some have none: no mean of them."
+        )
     names = list(heads[0])
     means = [_mean([head[name].detach() for head in heads], shares) for name in names]
     return dict(zip(names, means, strict=True)) or None

@@ -78,7 +78,9 @@ def run_head(model: PreTrainedModel, examples: Sequence[Example]) -> tuple[Any, 
         )
 
     def stack(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill).to(input_device(model))
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill).to(
+            input_device(model)
+        )
 
     ids = [example.input_ids for example in examples]
     mask = stack([[1] * len(row) for row in ids], 0)

@@ -151,7 +151,9 @@ def compact_prefix(
     text = _observe(model, text_ids)
     rows = pad_sequence([torch.tensor(list(row)) for row, _ in further], batch_first=True).to(input_device(model))
     column = torch.arange(rows.shape[1])
-    asks = torch.stack([(column >= prompt - 1) & (column < len(row) - 1) for row, prompt in further]).to(input_device(model))
+    asks = torch.stack([(column >= prompt - 1) & (column < len(row) - 1) for row, prompt in further]).to(
+        input_device(model)
+    )
 
     # Read the further rows after the whole text: what do their completions attend to, what do they get?
     reading = _observe(model, rows, len(input_ids), lambda i, call: _run_after(text[i], call))

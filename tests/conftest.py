@@ -19,8 +19,8 @@ import pytest  # noqa: E402
 import transformers  # noqa: E402
 from matrix import Collector  # noqa: E402
 from tiny import ROWS, make_tokenizer  # noqa: E402
-from zoo import FAMILIES, USUAL, make_model  # noqa: E402
 from transformers import PreTrainedModel, PreTrainedTokenizerFast  # noqa: E402
+from zoo import FAMILIES, USUAL, make_model  # noqa: E402
 
 from foreword import cli  # noqa: E402
 

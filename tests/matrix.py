@@ -1,7 +1,7 @@
 """docs/models.md: which family was seen to do what, written from the outcomes of the tests themselves.
 
-A test marked `feature(title)` that has a parameter `family` (or runs on the fixture `model`) fills the cell of both. A
-skipped test fills it with its reason. Whatever is neither seen nor explained here is an error, so no cell is empty.
+A test marked `feature(title)` that has a parameter `family` fills the cell of both; a skipped one fills it with its
+reason. Whatever is neither seen nor explained here is an error, so no cell is empty.
 """
 
 from collections import defaultdict
@@ -61,19 +61,13 @@ _NOT_MADE_FOR: dict[str, dict[Kind, str]] = {  # why a test has no such kind of 
         "vision": _OTHER_ROWS,
         "contrastive": _OTHER_ROWS,
     },
-    "SFTTrainer": {
-        kind: "TRL trains decoders" for kind in ("encoder", "encoder-decoder", "speech", "vision", "contrastive")
-    },
-    "compiled static cache": {
-        kind: "Transformers compiles decoders" for kind in ("encoder-decoder", "speech")
-    },
+    "SFTTrainer": dict.fromkeys(("encoder", "encoder-decoder", "speech", "vision", "contrastive"), "TRL trains decoders"),
+    "compiled static cache": dict.fromkeys(("encoder-decoder", "speech"), "Transformers compiles decoders"),
 }  # fmt: skip
 for _decoding in SECTIONS["Decoding"]:
-    _NOT_MADE_FOR.setdefault(_decoding, {}).update(
-        {kind: _NO_ANSWER for kind in ("encoder", "vision", "contrastive")}
-    )
+    _NOT_MADE_FOR.setdefault(_decoding, {}).update(dict.fromkeys(("encoder", "vision", "contrastive"), _NO_ANSWER))
 for _head in SECTIONS["Heads and composition"][:3]:
-    _NOT_MADE_FOR[_head] = {kind: "no such head" for kind in ("speech", "vision", "contrastive")}
+    _NOT_MADE_FOR[_head] = dict.fromkeys(("speech", "vision", "contrastive"), "no such head")
 
 Outcomes = Mapping[tuple[str, str], list[str]]  # by family and feature: "passed", or why not
 
@@ -87,9 +81,8 @@ class Collector:
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         for item in items:
             parameters = item.callspec.params if hasattr(item, "callspec") else {}
-            family = parameters.get("family", parameters.get("model"))
             for mark in item.iter_markers("feature"):
-                item.user_properties.append(("cell", (family, mark.args[0])))
+                item.user_properties.append(("cell", (parameters.get("family"), mark.args[0])))
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" or report.outcome != "passed":

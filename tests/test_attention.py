@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 from tiny import cache_of, gradients_of
-from zoo import make_model, tokens
 from torch import Tensor
 from transformers import (
     BertConfig,
     BertModel,
     PreTrainedModel,
 )
+from zoo import make_model, tokens
 
 import foreword
 from foreword import Prefix, attach, attention_sites, text_prefix

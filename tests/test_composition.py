@@ -180,5 +180,17 @@ def test_the_command_composes_files(run, model_folder, tmp_path):
     refused = run("compose", "a.safetensors", "b.safetensors", "--out", "m.safetensors", "--how", "average")
     assert refused.code == 2
     assert "5, 7 virtual tokens" in refused.err
-    twice = run("compose", "a.safetensors", "a.safetensors", "--out", "m.safetensors", "--how", "average", "--weight", 3, "--weight", 1)
+    twice = run(
+        "compose",
+        "a.safetensors",
+        "a.safetensors",
+        "--out",
+        "m.safetensors",
+        "--how",
+        "average",
+        "--weight",
+        3,
+        "--weight",
+        1,
+    )
     assert twice.code == 0, twice.err

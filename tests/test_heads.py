@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 from tiny import HEAD_ROWS, gradients_of, make_pair_tokenizer, make_tokenizer
-from zoo import ENCODERS, make_model
 from torch.nn.functional import cross_entropy
+from zoo import ENCODERS, make_model
 
 import foreword
 from foreword import Prefix, PrefixConfig, TrainConfig, attach, evaluate, text_prefix, train

@@ -96,7 +96,9 @@ def test_gates(family, path, monkeypatch):
 def test_padding_changes_nothing(family):
     model = make_model(family)
     inputs = inputs_of(model, 1, 7)
-    sides = ["left", "right"] if kind_of(family) in ("decoder", "hybrid") else ["right"]  # the others' tokens have fixed places
+    sides = (
+        ["left", "right"] if kind_of(family) in ("decoder", "hybrid") else ["right"]
+    )  # the others' tokens have fixed places
     with torch.no_grad(), attach(model, random(model, 3)):
         expected = said(model, inputs)
         for side in sides:
@@ -215,7 +217,9 @@ def generate(model: Any, given: dict[str, Tensor], options: dict[str, Any]) -> A
 def in_place(model: Any, ids: Tensor) -> None:
     """Skip a model that Transformers does not decode as it reads: a prefix from a text is made as it reads."""
     read = model(ids).logits[:, -1]
-    if not torch.allclose(generate(model, {"input_ids": ids}, OPTIONS).logits[0], read.to(torch.float32), rtol=1e-3, atol=1e-3):
+    if not torch.allclose(
+        generate(model, {"input_ids": ids}, OPTIONS).logits[0], read.to(torch.float32), rtol=1e-3, atol=1e-3
+    ):
         pytest.skip("Transformers decodes it at other positions than those its forward takes")
 
 
@@ -426,7 +430,9 @@ def labelled(family: str) -> tuple[Any, dict[str, Any]]:
 @families()
 def test_trainer_trains_an_attached_prefix(family, tmp_path):
     model, inputs = labelled(family)
-    rows = [{name: value[i] if isinstance(value, Tensor) else value for name, value in inputs.items()} for i in range(4)]
+    rows = [
+        {name: value[i] if isinstance(value, Tensor) else value for name, value in inputs.items()} for i in range(4)
+    ]
 
     def collate(chosen: list[dict[str, Any]]) -> dict[str, Any]:
         return {k: torch.stack([r[k] for r in chosen]) if isinstance(v, Tensor) else v for k, v in chosen[0].items()}
@@ -458,7 +464,9 @@ def test_sft_trainer_trains_an_attached_prefix(family, tokenizer, tmp_path):
         logging_steps=1, use_cpu=True, max_length=64, bf16=False,
     )  # fmt: skip
     with attach(model, prefix):
-        trainer = trl.SFTTrainer(model, config, processing_class=tokenizer, train_dataset=datasets.Dataset.from_list(ROWS[:8]))
+        trainer = trl.SFTTrainer(
+            model, config, processing_class=tokenizer, train_dataset=datasets.Dataset.from_list(ROWS[:8])
+        )
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert min(losses[-2:]) < losses[0]
@@ -470,7 +478,9 @@ def gradients(model: Any, prefix: Prefix, inputs: dict[str, Any]) -> list[Tensor
     with attach(model, prefix):
         output = said(model, inputs)
         generator = torch.Generator().manual_seed(5)
-        (output * torch.randn(output.shape, generator=generator)).mean().backward()  # squares have no gradient behind a norm
+        (
+            output * torch.randn(output.shape, generator=generator)
+        ).mean().backward()  # squares have no gradient behind a norm
     return gradients_of(prefix)
 
 
@@ -509,7 +519,8 @@ def test_autocast_gives_nearly_the_gradients_of_float32(family):
 def compiled(request: pytest.FixtureRequest) -> dict[str, str]:
     """What compiled.py prints of each family, in a fresh interpreter: the tests' shape checks cannot be compiled."""
     script = Path(__file__).with_name("compiled.py")
-    chosen = {item.callspec.params["family"] for item in request.session.items if "compiled" in getattr(item, "fixturenames", ())}
+    items: Any = request.session.items
+    chosen = {item.callspec.params["family"] for item in items if "compiled" in getattr(item, "fixturenames", ())}
     done = subprocess.run([sys.executable, str(script), *chosen], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(line.split(": ", 1) for line in done.stdout.splitlines())
@@ -618,7 +629,11 @@ def test_base_spread_by_a_device_map(family, tmp_path):
 
 def layers_on_disk(model: Any) -> dict[str, str]:
     def places(module: torch.nn.Module, name: str) -> dict[str, str]:
-        inner = [(n, child) for n, child in module.named_children() if any(isinstance(m, torch.nn.ModuleList) for m in child.modules())]
+        inner = [
+            (n, child)
+            for n, child in module.named_children()
+            if any(isinstance(m, torch.nn.ModuleList) for m in child.modules())
+        ]
         if isinstance(module, torch.nn.ModuleList) or not inner:
             return {name: "disk" if isinstance(module, torch.nn.ModuleList) else "cpu"}
         found = dict.fromkeys([f"{name}.{n}" if name else n for n in module._parameters], "cpu")

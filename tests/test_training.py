@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import ROWS
-from zoo import make_model
 from torch.nn.functional import cross_entropy
+from zoo import make_model
 
 import foreword
 from foreword import PrefixConfig, TrainConfig, attach, train

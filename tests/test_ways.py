@@ -32,7 +32,11 @@ def fit(folder: Path, **options: Any) -> tuple[Prefix, list[float]]:
 
 
 def test_accumulation_and_checkpointing_give_the_same_prefix(tmp_path):
-    name = "activation_checkpointing" if hasattr(transformers.TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
+    name = (
+        "activation_checkpointing"
+        if hasattr(transformers.TrainingArguments, "activation_checkpointing")
+        else "gradient_checkpointing"
+    )
     whole, losses = fit(tmp_path, per_device_train_batch_size=4)
     cut, _ = fit(
         tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2,

@@ -92,7 +92,18 @@ ZOO: dict[str, Family] = {
 KEPT_OUT: dict[str, Family] = {}
 
 FAMILIES = ["gpt2", "llama", "qwen3", "gemma3"]  # decoders that differ most: learned positions, grouped heads, windows
-USUAL = [*FAMILIES, "mixtral", "deepseek_v3", "lfm2", "bert", "modernbert", "t5", "bart", "whisper", "vit"]  # run each time
+USUAL = [
+    *FAMILIES,
+    "mixtral",
+    "deepseek_v3",
+    "lfm2",
+    "bert",
+    "modernbert",
+    "t5",
+    "bart",
+    "whisper",
+    "vit",
+]  # run each time
 ENCODERS = [name for name, family in ZOO.items() if family.kind == "encoder"]
 _HEADS: dict[Kind, str] = {
     "decoder": "ForCausalLM",
