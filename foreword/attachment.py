@@ -71,8 +71,8 @@ def attach(model: nn.Module, prefix: PrefixSource | Sequence[PrefixSource | None
         >>> with foreword.attach(model, [prefix, None]):   # row 0 sees the prefix, row 1 does not
         ...     logits = model(ids).logits
     """
-    unwrap = getattr(model, "get_base_model", None)  # PEFT changes the model that it wraps
-    return Attachment(model if unwrap is None else unwrap(), prefix)
+    unwrap: Any = getattr(model, "get_base_model", lambda: model)  # PEFT changes the model that it wraps
+    return Attachment(unwrap(), prefix)
 
 
 class Attachment:
