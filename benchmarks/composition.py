@@ -21,6 +21,10 @@ from foreword.completion import answer, completion_loss, measure
 from foreword.data import Row, collate, encode, read_rows
 from foreword.prefix import SiteTensors
 
+TURNS = (  # the chat format without the system message that the model's own template puts first
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 METRIC = {"tickets": "exact_match", "products": "rouge_l"}
 LIGHTHOUSE = [
     ("The lighthouse of Skarvey was built in 1871.", "In which year was the lighthouse of Skarvey built?", "1871"),
@@ -118,36 +122,32 @@ def tasks(base: Any, folder: Path, seeds: int) -> None:
 
 def documents(base: Any) -> None:
     """Loss on the answers, and how many answers hold the right words."""
-    start = [base.tokenizer.bos_token_id] if base.tokenizer.bos_token_id is not None else []
     texts = [" ".join(fact for fact, _, _ in document) for document in (LIGHTHOUSE, BAKERY)]
-    ids = [base.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    first, second = (text_prefix(base.model, start + own) for own in ids)
+    ids = [
+        base.tokenizer(f"<|im_start|>system\n{text}<|im_end|>\n", add_special_tokens=False)["input_ids"]
+        for text in texts
+    ]
+    first, second = (text_prefix(base.model, own) for own in ids)
     asked = [
-        [
-            Row(({"role": "user", "content": f"\n\nQuestion: {q}\nAnswer:"},), f" {a}", "question")
-            for _, q, a in document
-        ]
+        [Row(({"role": "user", "content": f"{q} Answer in a few words."},), a, "question") for _, q, a in document]
         for document in (LIGHTHOUSE, BAKERY)
     ]
     named = contestants(base.model, first, second)
     named = {name.replace("own", "first").replace("other", "second"): prefix for name, prefix in named.items()}
-    named["both texts in context, first text first"] = text_prefix(base.model, start + ids[0] + ids[1])
-    named["both texts in context, second text first"] = text_prefix(base.model, start + ids[1] + ids[0])
+    named["both texts in context, first text first"] = text_prefix(base.model, ids[0] + ids[1])
+    named["both texts in context, second text first"] = text_prefix(base.model, ids[1] + ids[0])
     figures = {}
     for name, prefix in named.items():
         figures[name] = []
         for rows in asked:
-            examples, _ = encode(rows, base.tokenizer, None, 256)
+            examples, _ = encode(rows, base.tokenizer, TURNS, 256)
             labels = sum(len(example.input_ids) - example.prompt_length for example in examples)
             with attach(base.model, [prefix]), torch.inference_mode():
                 loss = float(completion_loss(base.model, collate(examples))) / labels
             said = answer(
-                base.model, base.tokenizer, rows, [prefix] * len(rows), templates=[None] * len(rows), max_new_tokens=12
+                base.model, base.tokenizer, rows, [prefix] * len(rows), templates=[TURNS] * len(rows), max_new_tokens=24
             )
-            right = sum(
-                row.answers[0].strip().lower() in text.split("\n")[0].lower()
-                for text, row in zip(said, rows, strict=True)
-            )
+            right = sum(row.answers[0].lower() in text.lower() for text, row in zip(said, rows, strict=True))
             figures[name] += [f"{loss:.2f}", f"{right}/{len(rows)}"]
     print(f"\nDocuments of {len(ids[0])} and {len(ids[1])} tokens\n")
     show(["about the first: loss", "right", "about the second: loss", "right"], figures)
