@@ -16,10 +16,11 @@ from foreword.initialization import random_prefix
 warnings.simplefilter("ignore")
 
 
-def layers(family: str, implementation: str = "sdpa") -> None:
+def layers(family: str, implementation: str | None = None) -> None:
     """Each layer with attention as one graph, forward and backward."""
     model = make_model(family).requires_grad_(False)
-    model.set_attn_implementation(implementation)
+    if implementation is not None:
+        model.set_attn_implementation(implementation)
     if "experts" in str(model.config):  # of the ways to run experts this one can be compiled, in float32
         model.float().set_experts_implementation("batched_mm")
     inputs, prefix = inputs_of(model, 2), random_prefix(model, 3).to(model.dtype)
@@ -34,7 +35,7 @@ def layers(family: str, implementation: str = "sdpa") -> None:
     bare_or_not_at_all(lambda: said(model, inputs))
     with foreword.attach(model, prefix):
         torch.testing.assert_close(pass_through(model, inputs, prefix), expected, rtol=1e-4, atol=1e-4)
-    if implementation == "sdpa" and family in FAMILIES:
+    if implementation is None and family in FAMILIES:
         torch.compiler.reset()
         layers(family, "eager")
 

@@ -636,7 +636,7 @@ def layers_on_disk(model: Any) -> dict[str, str]:
         ]
         if isinstance(module, torch.nn.ModuleList) or not inner:
             return {name: "disk" if isinstance(module, torch.nn.ModuleList) else "cpu"}
-        found = dict.fromkeys([f"{name}.{n}" if name else n for n in module._parameters], "cpu")
+        found = dict.fromkeys([f"{name}.{n}" if name else n for n in (*module._parameters, *module._buffers)], "cpu")
         for n, child in module.named_children():
             found |= places(child, f"{name}.{n}" if name else n)
         return found
