@@ -154,6 +154,15 @@ def test_padding_changes_nothing(model, exact):
     torch.testing.assert_close(left[1], right[1], **exact)
 
 
+@pytest.mark.parametrize("family", ["gemma3", "mistral"])
+def test_sliding_windows_never_lose_the_prefix(family):
+    """A text longer than the window: its last token still sees, and trains, every virtual token at every site."""
+    model, prefix = make_model(family), random(make_model(family), 6)
+    with attach(model, prefix):
+        model(input_ids=tokens(1, 60)).logits[:, -1].pow(2).sum().backward()
+    assert all(bool((gradient.flatten(1).abs().sum(1) > 0).all()) for gradient in gradients_of(prefix))
+
+
 def test_packed_rows_equal_separate_rows(model, exact):
     first, second = tokens(1, 5), tokens(1, 4, seed=1)
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])

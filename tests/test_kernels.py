@@ -1,11 +1,14 @@
 """The merged path against concatenation, forward and all gradients, over many shapes."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from foreword.kernels import PrefixPart, concatenate, extend_mask, has_token_kernel, merged_attention
 
@@ -118,3 +121,27 @@ def test_bfloat16_is_as_exact_as_bfloat16_allows():
 def test_what_no_fused_kernel_computes_is_left_to_the_reference_path(value_dim, mask):
     query, value = torch.zeros(1, 2, 2, 8, dtype=torch.float64), torch.zeros(1, 1, 2, value_dim, dtype=torch.float64)
     assert not has_token_kernel(query, value, mask)
+
+
+class _Largest(TorchDispatchMode):
+    """How many numbers the largest tensor held that was made inside."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, Tensor):
+                self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return made
+
+
+def test_prefix_is_never_repeated_for_the_rows():
+    batch, length, width = 16, 32, 8
+    query, key, value = (torch.randn(batch, 2, 1, width, requires_grad=True) for _ in range(3))
+    part = PrefixPart(
+        torch.randn(length, 2, width, requires_grad=True), torch.randn(length, 2, width, requires_grad=True)
+    )
+    with _Largest() as largest:
+        merged_attention(query, key, value, [part], scale=1.0).sum().backward()
+    assert batch * 2 * length <= largest.numbers < batch * 2 * length * width  # its scores, but not its keys

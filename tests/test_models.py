@@ -50,7 +50,7 @@ def unless_transformers_cannot(call: Callable[[], Any]) -> Any:
     """What the bare model gives; if it cannot do this at all, the reason is what the matrix shows."""
     try:
         return call()
-    except (ValueError, TypeError, AttributeError, RuntimeError, NotImplementedError, ImportError) as error:
+    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError, ImportError) as error:
         pytest.skip(f"without a prefix too: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
 
 
@@ -154,9 +154,10 @@ def test_hidden_states_and_attentions_have_the_prefix_first(family):
     prefix = text_prefix(model, CONTEXT.tolist()).double() if kind_of(family) == "decoder" else random(model, 5)
     with torch.no_grad():
         bare = model(**asked)
+        if not weights_of(bare):
+            pytest.skip("Transformers returns no attention weights of it")
         with attach(model, prefix):
             found = model(**asked)
-    assert weights_of(found)
     for one, other in zip(weights_of(found), weights_of(bare), strict=True):
         assert one.shape == (*other.shape[:-1], 5 + other.shape[-1])
         assert float(one.sum(-1).max()) < 1 + 1e-5
@@ -679,6 +680,7 @@ def test_layers_without_attention_get_no_site_and_are_named(family, tmp_path, ru
     assert ("no attention there" in shown) == bool(others)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # of Transformers, in its DeBERTa
 @pytest.mark.parametrize(
     ("stem", "fields"),
     [
