@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 from weakref import WeakSet
 
 import torch
@@ -75,6 +75,17 @@ def attach(model: nn.Module, prefix: PrefixSource | Sequence[PrefixSource | None
     return Attachment(unwrap(), prefix)
 
 
+_SEEN = "_foreword_seen"
+
+
+class _Seen(NamedTuple):
+    """What a site sees in this forward pass. Kept on its module, so that one compiled graph serves all layers."""
+
+    parts: list[PrefixPart]
+    rows: int | None  # how many, where they see different prefixes
+    differentiates: bool  # whether the whole forward pass does
+
+
 class Attachment:
     """The tie between a model and its prefixes. Made by `attach`."""
 
@@ -82,12 +93,12 @@ class Attachment:
         self.model = model
         self._stacks = stacks(model)
         self._sites = {site.name: site for stack in self._stacks for site in stack.sites}
-        self._parts: dict[str, list[PrefixPart]] = {}
-        self._batch: dict[str, int] = {}  # rows that each site's parts were laid out for, where rows differ
         self._checked: WeakSet[Any] = WeakSet()  # not their ids, which are used again once a prefix is gone
         self._own_head: dict[str, nn.Parameter] = {}  # what the prefix's head stands in for
         self._choose(prefix)
-        undo = install(model, {model.get_submodule(name): partial(self._attend, name) for name in self._sites})
+        modules = {model.get_submodule(name): name for name in self._sites}
+        self._modules = {name: module for module, name in modules.items()}
+        undo = install(model, dict.fromkeys(modules, self._attend))
         hooks = [
             model.get_submodule(stack.name).register_forward_pre_hook(
                 partial(self._before_forward, stack), with_kwargs=True
@@ -98,6 +109,8 @@ class Attachment:
         def undo_all() -> None:
             for hook in hooks:
                 hook.remove()
+            for module in modules:
+                module.__dict__.pop(_SEEN, None)
             undo()
 
         self._undo: Callable[[], None] | None = undo_all
@@ -191,7 +204,6 @@ class Attachment:
         else:
             rows = torch.tensor(self._rows, device=tokens.device).repeat_interleave(batch // len(self._rows))
         self._lay_out(stack, rows)
-        self._differentiates = torch.is_grad_enabled()
         if self._head_source is not None:  # it may have been trained since, and stand in the model in another precision
             self._lend_head()
         if not stack.takes_positions:
@@ -214,7 +226,7 @@ class Attachment:
         return args, kwargs | {"position_ids": positions}
 
     def _lay_out(self, stack: Stack, rows: Tensor | None) -> None:
-        """Fill `_parts`: for each site of the stack the prefixes that its queries see."""
+        """Tell each site of the stack which prefixes its queries see."""
         own = {site.name: list[PrefixPart]() for site in stack.sites}
         for number, source in enumerate(self._sources):
             seeing = None if rows is None else (rows == number).nonzero().squeeze(-1)
@@ -222,22 +234,23 @@ class Attachment:
                 if site.name in own:
                     bias = None if gate is None else gate.log()
                     own[site.name].append(PrefixPart(key, value, bias, seeing))
-        self._parts |= own
-        self._batch |= dict.fromkeys(own, -1 if rows is None else len(rows))
+        for name, parts in own.items():
+            seen = _Seen(parts, None if rows is None else len(rows), torch.is_grad_enabled())
+            self._modules[name].__dict__[_SEEN] = seen
 
-    def _attend(self, name: str, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        query, options = call.query, call.options
-        if self._batch[name] not in (-1, len(query)):
+    def _attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        query, options, seen = call.query, call.options, call.module.__dict__[_SEEN]
+        if seen.rows is not None and seen.rows != len(query):
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} attends in {name} over a batch of {len(query)}, which does not tell its "
-                f"{self._batch[name]} rows apart, so they cannot see different prefixes there. Attach one for all rows."
+                f"{type(self.model).__name__} attends in {self._name(call)} over a batch of {len(query)}, which does not "
+                f"tell its {seen.rows} rows apart, so they cannot see different prefixes there. Attach one for all rows."
             )
-        if self._differentiates and not torch.is_grad_enabled() and any(p.key.requires_grad for p in self._parts[name]):
+        if seen.differentiates and not torch.is_grad_enabled() and any(part.key.requires_grad for part in seen.parts):
             raise ConfigError(
-                f"{name} runs without gradients inside a forward pass that has them, so the prefix would not be trained. "
+                f"{self._name(call)} runs without gradients inside a forward pass that has them, so the prefix would not be trained. "
                 "Re-entrant checkpointing does that: switch it on with 'use_reentrant': False."
             )
-        if not self._parts[name]:
+        if not seen.parts:
             return call.run()
         # A causal call without a mask sees no key beyond its queries: what follows are empty slots of a static cache.
         length = query.shape[2] if call.is_causal else call.key.shape[2]
@@ -255,7 +268,7 @@ class Attachment:
                 None if bias is None else bias.to(query.device),
                 None if rows is None else rows.to(query.device),
             )
-            for key, value, bias, rows in self._parts[name]
+            for key, value, bias, rows in seen.parts
         ]
         if plain and has_token_kernel(query, own_value, call.mask):
             scale = options.get("scaling") or query.shape[-1] ** -0.5
@@ -270,6 +283,9 @@ class Attachment:
             new = key.shape[2] - length
             changes = {"position_bias": pad(position_bias[..., :length], (new, 0))}
         return call.run(query=query, key=key, value=value, mask=mask, **changes)
+
+    def _name(self, call: AttentionCall) -> str:
+        return next(name for name, module in self._modules.items() if module is call.module)
 
 
 def _head_source(rows: Sequence[PrefixSource | None]) -> PrefixSource | None:

@@ -26,12 +26,7 @@ def layers(family: str, implementation: str | None = None) -> None:
     inputs, prefix = inputs_of(model, 2), random_prefix(model, 3).to(model.dtype)
     with foreword.attach(model, prefix):
         expected = pass_through(model, inputs, prefix)
-    names = {site.name for site in foreword.attention_sites(model)}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList):
-            for number, layer in module.named_children():
-                if any(site.startswith(f"{name}.{number}.") for site in names):
-                    layer.compile(backend="aot_eager", fullgraph=True)
+    compile_layers(model)
     bare_or_not_at_all(lambda: said(model, inputs))
     with foreword.attach(model, prefix):
         torch.testing.assert_close(pass_through(model, inputs, prefix), expected, rtol=1e-4, atol=1e-4)
@@ -46,6 +41,29 @@ def pass_through(model: Any, inputs: dict[str, torch.Tensor], prefix: foreword.P
     output = said(model, inputs)
     output.pow(2).mean().backward()
     return [output, *gradients_of(prefix)]
+
+
+def one_graph(family: str) -> None:
+    """A prefix, then another, then one for each row: each time all layers share what the first two were compiled to."""
+    model = make_model(family, num_hidden_layers=10).requires_grad_(False)
+    inputs: Any = inputs_of(model, 2) | {"use_cache": False}
+    three, five = random_prefix(model, 3).double(), random_prefix(model, 5, seed=1).double()
+    compile_layers(model)
+    with foreword.attach(model, three) as attachment:
+        for number, seen in enumerate((three, five, [three, five]), 1):
+            attachment.use(seen)
+            said(model, inputs).sum().backward()
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            assert graphs <= 2 * number, f"{graphs} graphs"  # the first layer's input needs no gradient, the others' do
+
+
+def compile_layers(model: Any) -> None:
+    names = {site.name for site in foreword.attention_sites(model)}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList):
+            for number, layer in module.named_children():
+                if any(site.startswith(f"{name}.{number}.") for site in names):
+                    layer.compile(backend="aot_eager", fullgraph=True)
 
 
 def bare_or_not_at_all(call: Callable[[], Any]) -> None:
@@ -69,9 +87,10 @@ def static_cache(family: str) -> None:
 
 
 if __name__ == "__main__":
-    for check, families in ((layers, named()), (static_cache, named("decoder", "hybrid"))):
+    for check, families in ((layers, named()), (static_cache, named("decoder", "hybrid")), (one_graph, ["llama"])):
         for family in families if len(sys.argv) == 1 else [name for name in families if name in sys.argv]:
             torch.compiler.reset()
+            torch._dynamo.utils.counters.clear()
             try:
                 check(family)
                 outcome = "same"

@@ -533,6 +533,11 @@ def test_layers_compile_without_graph_breaks(family, compiled):
     assert compiled[f"{family} layers"] == "same"
 
 
+@pytest.mark.parametrize("family", ["llama"])
+def test_one_compiled_graph_serves_all_layers(family, compiled):
+    assert compiled[f"{family} one graph"] == "same"
+
+
 @feature("compiled static cache")
 @families("decoder", "hybrid")
 def test_static_cache_compiles(family, compiled):
