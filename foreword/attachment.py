@@ -44,7 +44,7 @@ def attach(model: nn.Module, prefix: PrefixSource | Sequence[PrefixSource | None
     statement, after which the model is itself again, or keep it and call `detach`.
 
     Args:
-        model: a Transformers model, or PEFT's wrapper around one.
+        model: a Transformers model, or the wrapper of PEFT or `torch.compile` around one.
         prefix: one prefix for all rows, or a list with one prefix or `None` for each row of the batch. A batch k times
             as long (beams, several return sequences) repeats each entry k times, as `generate` does. Swap prefixes
             later with `Attachment.use`.
@@ -71,8 +71,14 @@ def attach(model: nn.Module, prefix: PrefixSource | Sequence[PrefixSource | None
         >>> with foreword.attach(model, [prefix, None]):   # row 0 sees the prefix, row 1 does not
         ...     logits = model(ids).logits
     """
-    unwrap: Any = getattr(model, "get_base_model", lambda: model)  # PEFT changes the model that it wraps
-    return Attachment(unwrap(), prefix)
+    unwrap: Any = getattr(model, "get_base_model", lambda: getattr(model, "_orig_mod", model))
+    own = unwrap()  # PEFT changes the model that it wraps, and a compiled model is compiled anew
+    if not isinstance(own, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"Expected a Transformers model, got {type(own).__name__}. Attach the prefix to the model itself, before it is "
+            "wrapped for several devices or processes."
+        )
+    return Attachment(own, prefix)
 
 
 _SEEN = "_foreword_seen"

@@ -239,6 +239,8 @@ def test_sites_are_discovered():
 
 def test_what_cannot_be_attached_says_why(llama):
     prefix = random_prefix(llama, 3)
+    with pytest.raises(UnsupportedModelError, match="got DataParallel. Attach the prefix to the model itself"):
+        attach(torch.nn.DataParallel(llama), prefix)
     with attach(llama, prefix), pytest.raises(ConfigError, match="already"):
         attach(llama, prefix)
     with attach(llama, [prefix, None]), pytest.raises(ConfigError, match="2 prefixes for a batch of 3 rows"):
