@@ -14,7 +14,7 @@ test: .venv/dev ## run the tests
 	$(BIN)/pytest
 
 test-all: .venv/dev ## run them on every model family, and write which can do what to docs/models.md
-	$(BIN)/pytest --every-family --matrix docs/models.md
+	$(BIN)/pytest --every-family --matrix=docs/models.md
 
 check: .venv/dev ## lint, formatting, types, documentation up to date
 	$(BIN)/ruff check .
