@@ -100,7 +100,7 @@ class Trainer:
         batches = _endless([len(example.input_ids) for example in rows], config, state.step)
         with attach(self.model, self.prefix), _interrupted(self.folder is not None) as interrupted:
             while state.step < config.steps and state.evaluations_since_best < config.patience:
-                progress = self._step([rows[i] for i in next(batches)])
+                progress = self.step([rows[i] for i in next(batches)])
                 last = state.step == config.steps
                 if held_out and (last or state.step % config.evaluate_every == 0):
                     progress = progress._replace(held_out_loss=self._evaluate(held_out))
@@ -119,7 +119,7 @@ class Trainer:
             self.accelerator.end_training()
         return time.perf_counter() - began
 
-    def _step(self, examples: list[Example]) -> Progress:
+    def step(self, examples: list[Example]) -> Progress:
         """One optimizer step on one batch, of which this process runs its share."""
         began = time.perf_counter()
         accelerator, config, state = self.accelerator, self.config, self.state
