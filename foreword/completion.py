@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,6 +16,7 @@ from .anatomy import input_device
 from .attachment import attach
 from .data import IGNORED, Batch, Example, Row, collate, completion_row, prompt_ids
 from .data import encode as encode_completions
+from .losses import summed_cross_entropy
 from .prefix import Prefix
 
 __all__ = ["METRICS", "about", "answer", "completion_loss", "encode", "loss", "measure", "options", "row"]
@@ -64,7 +64,7 @@ def _target_loss(model: Any, examples: Sequence[Example]) -> Tensor:
         decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels),
         use_cache=False,
     ).logits
-    return cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return summed_cross_entropy(logits.flatten(0, 1), labels.flatten(), IGNORED)
 
 
 def completion_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -72,9 +72,7 @@ def completion_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     labels = batch.labels[:, 1:]
     columns = (labels != IGNORED).any(0).nonzero().squeeze(-1)
     logits = model(input_ids=batch.input_ids, logits_to_keep=columns, use_cache=False).logits
-    return cross_entropy(
-        logits.float().flatten(0, 1), labels[:, columns].flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    return summed_cross_entropy(logits.flatten(0, 1), labels[:, columns].flatten(), IGNORED)
 
 
 def options(

@@ -11,7 +11,7 @@ import foreword
 PACKAGE = Path(foreword.__file__).parent
 LEVELS = [
     ["errors", "heads"],
-    ["config", "fingerprint", "kernels", "prefix", "scores", "sources"],
+    ["config", "fingerprint", "kernels", "losses", "prefix", "scores", "sources"],
     ["attention", "data", "options", "reparameterization", "runs", "store"],
     ["anatomy"],
     ["attachment", "composition", "initialization"],

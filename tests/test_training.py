@@ -42,7 +42,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(model, tokenizer):
 def test_loss_is_that_of_the_completion_tokens_alone(model, tokenizer):
     examples, _ = encode(read_rows(ROWS)[0][:4], tokenizer, tokenizer.chat_template, 256)
     summed = sum(
-        cross_entropy(model(torch.tensor([e.input_ids])).logits[0, e.prompt_length - 1 : -1].float(), torch.tensor(e.input_ids[e.prompt_length :]), reduction="sum")
+        cross_entropy(model(torch.tensor([e.input_ids])).logits[0, e.prompt_length - 1 : -1], torch.tensor(e.input_ids[e.prompt_length :]), reduction="sum")
         for e in examples
     )  # fmt: skip
     torch.testing.assert_close(completion_loss(model, collate(examples)), summed)
