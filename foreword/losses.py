@@ -31,11 +31,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def forward(ctx, logits, labels, ignored):
         precision = torch.promote_types(logits.dtype, torch.float32)
         total = torch.zeros((), dtype=precision, device=logits.device)
-        rows = max(1, _NUMBERS.get(logits.device.type, 2**24) // logits.shape[-1])
+        rows = max(1, min(len(logits), _NUMBERS.get(logits.device.type, 2**24) // logits.shape[-1]))
+        room = logits.new_empty((rows, logits.shape[-1]), dtype=precision)  # once: fresh memory costs more than arithmetic
         for own, label in zip(logits.split(rows), labels.split(rows), strict=True):
             counted = (label != ignored)[:, None]
             label = label.clamp_min(0)[:, None]
-            block = own.to(precision, copy=True)
+            block = room[: len(own)].copy_(own)
             block.sub_(block.amax(-1, keepdim=True))
             right = block.gather(-1, label)
             mass = block.exp_().sum(-1, keepdim=True)
