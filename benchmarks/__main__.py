@@ -2,7 +2,7 @@
 
 In one process, round after round: each round takes one batch, and every method makes one optimizer step on it, in another
 order each time. A figure is the median over the rounds; a ratio to the first method the median, and the range of the middle
-half, of the rounds' ratios. Rows are padded to the longest of their batch; methods of one precision see the same tensors.
+half, of the rounds' ratios. Peak memory is told on GPUs. Rows are padded to the longest of their batch; methods of one precision see the same tensors.
 
 The floor is arithmetic: 4 floating-point operations for each parameter that tokens are multiplied with and each token (the
 forward pass and the gradients of activations), at the speed of a large matrix product measured in the same run.
@@ -90,23 +90,6 @@ def methods(options: argparse.Namespace, config: TrainConfig) -> Iterator[Method
             yield full(base(), precision)
 
 
-class Peak:
-    """Inside, how far memory rose above where it stood: GPU memory, else the resident set of the process (Linux)."""
-
-    def __enter__(self) -> "Peak":
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")
-            self.before = _resident("VmRSS")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        after = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident("VmHWM")
-        self.bytes = after - self.before
-
-
 def _template(tokenizer: Any) -> str | None:
     return tokenizer.chat_template
 
@@ -137,19 +120,20 @@ def product_speed(dtype: torch.dtype, device: torch.device) -> float:
 
 def measure(chosen: list[Method], batches: list[list[Example]], rounds: int) -> list[dict[str, Any]]:
     seconds: dict[str, list[float]] = {method.name: [] for method in chosen}
-    risen: dict[str, int] = {}
+    peaks: dict[str, int] = {}  # how far GPU memory rose above where it stood
     order = random.Random(0)
     for number in range(rounds + 1):  # the first warms up
         for method in order.sample(chosen, len(chosen)):
-            with Peak() as peak:
-                synchronize()
-                began = time.perf_counter()
-                method.step(batches[number % len(batches)])
-                synchronize()
-                taken = time.perf_counter() - began
+            before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+            synchronize()
+            began = time.perf_counter()
+            method.step(batches[number % len(batches)])
+            synchronize()
             if number:
-                seconds[method.name].append(taken)
-                risen[method.name] = max(risen.get(method.name, 0), peak.bytes)
+                seconds[method.name].append(time.perf_counter() - began)
+            if torch.cuda.is_available():
+                peaks[method.name] = max(peaks.get(method.name, 0), torch.cuda.max_memory_allocated() - before)
+                torch.cuda.reset_peak_memory_stats()
         print(f"round {number} of {rounds}", end="\r", flush=True)
     tokens = [sum(len(e.input_ids) for e in batches[(i + 1) % len(batches)]) for i in range(rounds)]
     rows = [len(batches[(i + 1) % len(batches)]) for i in range(rounds)]
@@ -165,7 +149,7 @@ def measure(chosen: list[Method], batches: list[list[Example]], rounds: int) -> 
             "tokens_per_s": round(statistics.median(t / s for t, s in zip(tokens, own, strict=True)), 1),
             "rows_per_s": round(statistics.median(r / s for r, s in zip(rows, own, strict=True)), 2),
             "times_first": [round(middle, 2), round(low, 2), round(high, 2)],
-            "peak_mib": round(risen[method.name] / 2**20),
+            "peak_mib": round(peaks[method.name] / 2**20) if method.name in peaks else None,
         })  # fmt: skip
     return figures
 

@@ -32,7 +32,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
         precision = torch.promote_types(logits.dtype, torch.float32)
         total = torch.zeros((), dtype=precision, device=logits.device)
         rows = max(1, min(len(logits), _NUMBERS.get(logits.device.type, 2**24) // logits.shape[-1]))
-        room = logits.new_empty((rows, logits.shape[-1]), dtype=precision)  # once: fresh memory costs more than arithmetic
+        room = logits.new_empty(
+            (rows, logits.shape[-1]), dtype=precision
+        )  # once: fresh memory costs more than arithmetic
         for own, label in zip(logits.split(rows), labels.split(rows), strict=True):
             counted = (label != ignored)[:, None]
             label = label.clamp_min(0)[:, None]
