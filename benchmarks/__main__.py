@@ -206,7 +206,7 @@ def main() -> None:
             f["tokens_per_s"],
             f["rows_per_s"],
             f"{ratio} ({low}-{high})",
-            f["peak_mib"],
+            "-" if f["peak_mib"] is None else f["peak_mib"],
         ]
         print(f"| {f['method']} | " + " | ".join(map(str, cells)) + " |")
 
