@@ -264,8 +264,8 @@ def compose(
     from .store import check_writable, load, save
 
     check_writable(composed)
-    loaded: dict[str, Prefix | None] = {str(path): load(path) for path in prefixes}
-    found = [prefix for path in prefixes if (prefix := loaded[str(path)]) is not None]
+    found = [load(path) for path in prefixes]
+    loaded: dict[str, Prefix | None] = dict(zip(map(str, prefixes), found, strict=True))
     _, head = _common_task(loaded)
     base = _load_base(model or _common_base(loaded), device, trust_remote_code, precision="float32", **head)
     result = compose(base.model, found, how, weights)

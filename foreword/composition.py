@@ -25,12 +25,12 @@ from .prefix import Prefix, SiteTensors
 __all__ = ["average", "compose", "concatenate", "starts_with_sink"]
 
 _TOKENS, _PLACES = 64, 4  # random tokens, and the positions between a prefix's first and last at which they are seen
-_SHARED = {
+_SHARED = {  # in the metadata: prefixes that differ in it are for different prompts
     "task": "tasks",
     "labels": "labels",
     "template": "chat templates",
     "encoder": "kinds of model",
-}  # in metadata
+}
 _EXPLAINED = 0.5  # a pair of dimensions rotates if that leaves less than this of the change
 
 

@@ -82,7 +82,7 @@ class Trainer:
         self.optimizer = accelerator.prepare(optimizer)
         self.state = _State(self.prefix.snapshot())
         accelerator.register_for_checkpointing(self.prefix, self.state)
-        self.first = True  # step of this process
+        self.own, self.first = own, True  # what is the prefix's, and whether this process has made no step yet
         self.tracked = config.tracker is not None
         if self.tracked:
             accelerator.init_trackers("foreword", config=asdict(config))
@@ -153,7 +153,7 @@ class Trainer:
 
     def _check_gradient(self) -> None:
         """Kernels made for inference may let no gradient through and say nothing."""
-        if not any(p.grad is not None and bool(p.grad.any()) for p in self.prefix.parameters()):
+        if not any(p.grad is not None and bool(p.grad.any()) for p in self.own):
             raise ConfigError(
                 f"No gradient reaches the prefix through {type(self.model).__name__}, so nothing would be trained. Kernels "
                 "for inference do that, for example those that bitsandbytes uses for 4 bits on CPUs. Load the base in 8 "

@@ -16,6 +16,9 @@ def summed_cross_entropy(logits: Float[Tensor, "N V"], labels: Int[Tensor, " N"]
     The gradient is computed with the loss, row block by row block, and **replaces the logits**, in their own precision:
     they must not be used again. `cross_entropy` makes several passes over float32 copies of all logits instead.
 
+    Raises:
+        RuntimeError: in the backward pass, if another operation needs the logits that were replaced.
+
     Example:
         >>> logits = torch.zeros(3, 4, requires_grad=True)
         >>> loss = summed_cross_entropy(logits * 1, torch.tensor([0, 2, -100]), -100)
@@ -31,9 +34,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
         precision = torch.promote_types(logits.dtype, torch.float32)
         total = torch.zeros((), dtype=precision, device=logits.device)
         rows = max(1, min(len(logits), _NUMBERS.get(logits.device.type, 2**24) // logits.shape[-1]))
-        room = logits.new_empty(
-            (rows, logits.shape[-1]), dtype=precision
-        )  # once: fresh memory costs more than arithmetic
+        # One buffer for all blocks: on a CPU fresh memory costs more than the arithmetic.
+        room = logits.new_empty((rows, logits.shape[-1]), dtype=precision)
         for own, label in zip(logits.split(rows), labels.split(rows), strict=True):
             counted = (label != ignored)[:, None]
             label = label.clamp_min(0)[:, None]

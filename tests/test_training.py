@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ROWS
+from tiny import HEAD_ROWS, ROWS
 from torch.nn.functional import cross_entropy
 from zoo import make_model
 
@@ -201,3 +201,17 @@ def test_mistakes_are_found_before_training(llama, tokenizer, tmp_path):
 def test_tracker_gets_the_metrics(llama, tokenizer, tmp_path):
     train(llama, tokenizer, ROWS, SMALL, TrainConfig(steps=2, tracker="tensorboard"), run=tmp_path / "a.run")
     assert list(Path(tmp_path / "a.run").rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("task", ["completion", "classification"])
+def test_base_that_lets_no_gradient_through_is_an_error(task, tokenizer):
+    """Also where a head would learn alone."""
+    head = None if task == "completion" else "ForSequenceClassification"
+    labels = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}} if head else {}
+    model = make_model("llama", head=head, **labels)
+    model.model.register_forward_hook(
+        lambda _, __, output: output.__setitem__("last_hidden_state", output[0].detach() + 0 * output[0])
+    )
+    rows = ROWS[:8] if task == "completion" else HEAD_ROWS[task]
+    with pytest.raises(ConfigError, match="No gradient reaches the prefix through Llama"):
+        train(model, tokenizer, rows, SMALL, TrainConfig(task=task, steps=2, held_out_fraction=0.0))
