@@ -17,8 +17,10 @@ from .attention import AttentionCall, install
 from .errors import ConfigError, ModelMismatchError, PositionError, UnsupportedModelError
 from .fingerprint import check_fingerprint
 from .heads import LENT, own_parameters
-from .kernels import PrefixPart, concatenate, extend_mask, has_token_kernel, merged_attention
+from .kernels import Prefixes, Rows, assign, concatenate, extend_mask, merged_attention
+from .kernels import stack as stack_prefixes
 from .prefix import AttentionSite, SiteTensors
+from .token_kernels import Packing, has_token_kernel
 
 __all__ = ["Attachment", "PrefixSource", "attach"]
 
@@ -87,9 +89,35 @@ _SEEN = "_foreword_seen"
 class _Seen(NamedTuple):
     """What a site sees in this forward pass. Kept on its module, so that one compiled graph serves all layers."""
 
-    parts: list[PrefixPart]
+    prefixes: Prefixes | None
     rows: int | None  # how many, where they see different prefixes
     differentiates: bool  # whether the whole forward pass does
+    kept: dict[Any, Prefixes]  # without gradients, as attention took them before: on its device, in its precision
+
+    def like(self, query: Tensor, value: Tensor) -> Prefixes:
+        """The prefixes on the device and in the precision of attention."""
+        how = query.device, query.dtype, value.dtype
+        if how in self.kept:
+            return self.kept[how]
+        assert self.prefixes is not None
+        key, own_value, bias, rows = self.prefixes
+        prefixes = Prefixes(
+            key.to(query.device, query.dtype),
+            own_value.to(query.device, value.dtype),
+            None if bias is None else bias.to(query.device),
+            None if rows is None else Rows(*(numbers.to(query.device) for numbers in rows)),
+        )
+        if not self.differentiates and not torch.compiler.is_compiling():
+            self.kept[how] = prefixes
+        return prefixes
+
+
+class _Assigned(NamedTuple):
+    """A batch whose rows see different prefixes."""
+
+    rows: Rows | None  # None: no row sees any
+    offsets: Tensor  # [B], how far each row's positions are shifted
+    count: int
 
 
 class Attachment:
@@ -99,6 +127,8 @@ class Attachment:
         self.model = model
         self._stacks = stacks(model)
         self._sites = {site.name: site for stack in self._stacks for site in stack.sites}
+        self._assigned: dict[tuple[int, torch.device], _Assigned] = {}  # by the size of the batch, and where it is
+        self._laid_out: dict[str, Any] = {}  # by stack, what its sites were told last
         self._checked: WeakSet[Any] = WeakSet()  # not their ids, which are used again once a prefix is gone
         self._own_head: dict[str, nn.Parameter] = {}  # what the prefix's head stands in for
         self._choose(prefix)
@@ -137,6 +167,8 @@ class Attachment:
         number = {id(source): i for i, source in enumerate(self._sources)}
         self._rows = [-1 if source is None else number[id(source)] for source in rows]
         self._shared = not isinstance(prefix, Sequence)
+        self._assigned.clear()
+        self._laid_out.clear()
         self._head_source = _head_source(rows)
 
     def detach(self) -> None:
@@ -200,49 +232,74 @@ class Attachment:
         wanted = [given.get("input_ids"), given.get("inputs_embeds"), *given.values()]
         tokens = next(value for value in wanted if isinstance(value, Tensor))  # or patches, or frames
         batch, length = tokens.shape[:2]
-        if self._shared:
-            rows = None
-        elif batch % len(self._rows):
-            raise ConfigError(
-                f"{len(self._rows)} prefixes for a batch of {batch} rows: give one prefix or None for each row "
-                "(generate with k beams or return sequences repeats each entry k times)."
-            )
-        else:
-            rows = torch.tensor(self._rows, device=tokens.device).repeat_interleave(batch // len(self._rows))
+        rows = None if self._shared else self._rows_of(batch, tokens.device)
         self._lay_out(stack, rows)
         if self._head_source is not None:  # it may have been trained since, and stand in the model in another precision
             self._lend_head()
         if not stack.takes_positions:
             return args, kwargs
         offsets = [source.position_offset for source in self._sources]
-        offset = offsets[0] if rows is None else torch.tensor([*offsets, 0], device=tokens.device)[rows][:, None]
+        offset = offsets[0] if rows is None else rows.offsets[:, None]
         positions = given.get("position_ids")
+        # No token stands further behind than there are tokens; only positions from elsewhere have to be looked at.
+        last = given.get("max_length_q") or (length + _past(given) if positions is None else None)
         if positions is None:
             positions = _positions(given, length, tokens.device) + stack.first_position
         positions = positions + offset
         limit = stack.position_limit
-        if limit is not None and (last := int(positions.max()) - stack.first_position) >= limit:
-            raise PositionError(
-                f"Prefix and text need position {last}, but {type(self.model).__name__} has learned positions up to "
-                f"{limit - 1}. Shorten the text to {limit - max(offsets, default=0)} tokens or the prefix."
-            )
+        if limit is not None and (last is None or last + max(offsets, default=0) > limit):
+            if (last := int(positions.max()) - stack.first_position) >= limit:
+                raise PositionError(
+                    f"Prefix and text need position {last}, but {type(self.model).__name__} has learned positions up to "
+                    f"{limit - 1}. Shorten the text to {limit - max(offsets, default=0)} tokens or the prefix."
+                )
         where = parameters.index("position_ids")
         if where < len(args):
             return (*args[:where], positions, *args[where + 1 :]), kwargs
         return args, kwargs | {"position_ids": positions}
 
-    def _lay_out(self, stack: Stack, rows: Tensor | None) -> None:
+    def _rows_of(self, batch: int, device: torch.device) -> "_Assigned":
+        """Which row of the batch sees which prefix; made once for each size of batch."""
+        if batch % len(self._rows):
+            raise ConfigError(
+                f"{len(self._rows)} prefixes for a batch of {batch} rows: give one prefix or None for each row "
+                "(generate with k beams or return sequences repeats each entry k times)."
+            )
+        if (batch, device) not in self._assigned:
+            owners = [owner for owner in self._rows for _ in range(batch // len(self._rows))]
+            offsets = [0 if owner < 0 else self._sources[owner].position_offset for owner in owners]
+            rows = assign(owners, device) if self._sources else None
+            self._assigned[batch, device] = _Assigned(rows, torch.tensor(offsets, device=device), batch)
+        return self._assigned[batch, device]
+
+    def _lay_out(self, stack: Stack, rows: "_Assigned | None") -> None:
         """Tell each site of the stack which prefixes its queries see."""
-        own = {site.name: list[PrefixPart]() for site in stack.sites}
+        # Without gradients the prefixes stay as they are, unless somebody writes into them.
+        differentiates = torch.is_grad_enabled()
+        version = None if differentiates or torch.compiler.is_compiling() else self._version()
+        if version is not None and self._laid_out.get(stack.name) == (version, rows and rows.count):
+            return
+        own = {site.name: dict[int, Any]() for site in stack.sites}
         for number, source in enumerate(self._sources):
-            seeing = None if rows is None else (rows == number).nonzero().squeeze(-1)
             for site, (key, value, gate) in zip(source.sites, source.tensors(), strict=True):
                 if site.name in own:
-                    bias = None if gate is None else gate.log()
-                    own[site.name].append(PrefixPart(key, value, bias, seeing))
-        for name, parts in own.items():
-            seen = _Seen(parts, None if rows is None else len(rows), torch.is_grad_enabled())
-            self._modules[name].__dict__[_SEEN] = seen
+                    own[site.name][number] = key, value, None if gate is None else gate.log()
+        for name, found in own.items():
+            prefixes = None
+            if found:  # of a prefix without this site, no virtual tokens
+                key, value, _ = next(iter(found.values()))
+                none = key[:0], value[:0], None
+                entries = [found.get(number, none) for number in range(len(self._sources))]
+                prefixes = stack_prefixes(entries, rows and rows.rows)
+            self._modules[name].__dict__[_SEEN] = _Seen(prefixes, rows and rows.count, differentiates, {})
+        self._laid_out[stack.name] = (version, rows and rows.count)
+
+    def _version(self) -> tuple[Any, ...] | None:
+        """Changes when a prefix is written into; `None` where that cannot be told."""
+        tensors = [t for s in self._sources for t in (s.parameters() if isinstance(s, nn.Module) else [None])]
+        if any(tensor is None or tensor.is_inference() for tensor in tensors):
+            return None
+        return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors if tensor is not None)
 
     def _attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         query, options, seen = call.query, call.options, call.module.__dict__[_SEEN]
@@ -251,38 +308,41 @@ class Attachment:
                 f"{type(self.model).__name__} attends in {self._name(call)} over a batch of {len(query)}, which does not "
                 f"tell its {seen.rows} rows apart, so they cannot see different prefixes there. Attach one for all rows."
             )
-        if seen.differentiates and not torch.is_grad_enabled() and any(part.key.requires_grad for part in seen.parts):
+        prefixes = seen.prefixes
+        if prefixes is None:
+            return call.run()
+        if seen.differentiates and not torch.is_grad_enabled() and prefixes.key.requires_grad:
             raise ConfigError(
                 f"{self._name(call)} runs without gradients inside a forward pass that has them, so the prefix would not be trained. "
                 "Re-entrant checkpointing does that: switch it on with 'use_reentrant': False."
             )
-        if not seen.parts:
-            return call.run()
         # A causal call without a mask sees no key beyond its queries: what follows are empty slots of a static cache.
         length = query.shape[2] if call.is_causal else call.key.shape[2]
         tokens = (query, call.key[:, :, :length], call.value[:, :, :length])
-        plain = call.implementation == "sdpa" and not options.get("dropout")
-        plain = plain and all(options.get(name) is None for name in ("position_bias", "softcap", "s_aux", "cache"))
+        plain = call.implementation == "sdpa" and call.is_plain
         if plain and torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
             precision = torch.get_autocast_dtype(query.device.type)  # the attention that ours stands for is cast to it
             tokens = tuple(tensor.to(precision) for tensor in tokens)
         query, own_key, own_value = tokens
-        parts = [
-            PrefixPart(
-                key.to(query.device, query.dtype),
-                value.to(query.device, own_value.dtype),
-                None if bias is None else bias.to(query.device),
-                None if rows is None else rows.to(query.device),
-            )
-            for key, value, bias, rows in seen.parts
-        ]
-        if plain and has_token_kernel(query, own_value, call.mask):
-            scale = options.get("scaling") or query.shape[-1] ** -0.5
+        prefixes = seen.like(query, own_value)
+        scale = options.get("scaling") or query.shape[-1] ** -0.5
+        if (starts := options.get("cu_seq_lens_q")) is not None:  # Transformers' name for where packed documents start
+            if not (plain and has_token_kernel(query, own_value, None, packed=True)):
+                raise UnsupportedModelError(
+                    f"{self._name(call)} cannot attend inside packed documents on {query.device.type} in {query.dtype}. "
+                    "Give the documents as rows of a padded batch."
+                )
             output = merged_attention(
-                query, own_key, own_value, parts, scale=scale, mask=call.mask, is_causal=call.is_causal
+                query, own_key, own_value, prefixes, scale=scale,
+                packing=Packing(starts, options["max_length_q"]), window=options.get("sliding_window"),
+            )  # fmt: skip
+            return output.transpose(1, 2).contiguous(), None
+        if plain and has_token_kernel(query, own_value, call.mask):
+            output = merged_attention(
+                query, own_key, own_value, prefixes, scale=scale, mask=call.mask, is_causal=call.is_causal
             )
             return output.transpose(1, 2).contiguous(), None
-        key, value, bias = concatenate(own_key, own_value, parts)
+        key, value, bias = concatenate(own_key, own_value, prefixes)
         mask = extend_mask(call.mask, bias, query, length, key.shape[2] - length, call.is_causal)
         changes = {}
         if (position_bias := options.get("position_bias")) is not None:  # virtual tokens are at no distance
@@ -315,6 +375,9 @@ def _positions(given: dict[str, Any], length: int, device: torch.device) -> Tens
     mask = given.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return (mask.to(device).long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
-    # By its type: Transformers calls it past_key_values, or cache since 5.24.
-    past = next((value.get_seq_length() for value in given.values() if isinstance(value, Cache)), 0)
-    return torch.arange(length, device=device)[None] + past
+    return torch.arange(length, device=device)[None] + _past(given)
+
+
+def _past(given: dict[str, Any]) -> int:
+    """How many tokens the cache holds; found by its type, as Transformers calls it past_key_values, or cache since 5.24."""
+    return next((value.get_seq_length() for value in given.values() if isinstance(value, Cache)), 0)

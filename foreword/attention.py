@@ -50,6 +50,12 @@ class AttentionCall:
         return getattr(self.module, "is_causal", True) if causal is None else causal
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is a softmax over scaled products and nothing else."""
+        others = ("position_bias", "softcap", "s_aux", "cache")
+        return not self.options.get("dropout") and all(self.options.get(name) is None for name in others)
+
+    @property
     def is_causal(self) -> bool:
         """Whether the implementation would apply a causal mask of its own."""
         if self.implementation == "eager" or self.mask is not None:

@@ -19,7 +19,7 @@ from .config import PrefixConfig
 from .data import Example
 from .errors import ConfigError, PositionError
 from .fingerprint import fingerprint
-from .kernels import PrefixPart, concatenate, extend_mask
+from .kernels import Prefixes, concatenate, extend_mask
 from .prefix import AttentionSite, Prefix, SiteTensors
 
 __all__ = ["compact_prefix", "demonstrate", "initialize", "noop_prefix", "random_prefix", "text_prefix"]
@@ -297,18 +297,17 @@ def _prefix(
 
 def _run_after(text: _Seen, call: AttentionCall) -> Float[Tensor, "N T H E"]:
     """What the call returns when the text precedes its tokens."""
-    part = PrefixPart(text.key[0].transpose(0, 1), text.value[0].transpose(0, 1))
-    key, value, _ = concatenate(call.key, call.value, [part])
-    new = part.key.shape[0]
-    mask = extend_mask(call.mask, None, call.query, call.key.shape[2], new, call.is_causal)
+    before = Prefixes(text.key.transpose(1, 2), text.value.transpose(1, 2))
+    key, value, _ = concatenate(call.key, call.value, before)
+    mask = extend_mask(call.mask, None, call.query, call.key.shape[2], before.key.shape[1], call.is_causal)
     return call.run(key=key, value=value, mask=mask)[0]
 
 
 def _weights(seen: _Seen, key: Float[Tensor, "1 G P D"], value: Float[Tensor, "1 G P E"]) -> Float[Tensor, "N H T M"]:
     """Attention weights over [given keys; own keys] in float32."""
-    part = PrefixPart(key[0].transpose(0, 1), value[0].transpose(0, 1))
-    keys, _, _ = concatenate(seen.key, seen.value, [part])
-    mask = extend_mask(seen.mask, None, seen.query, seen.key.shape[2], part.key.shape[0], seen.is_causal)
+    before = Prefixes(key.transpose(1, 2), value.transpose(1, 2))
+    keys, _, _ = concatenate(seen.key, seen.value, before)
+    mask = extend_mask(seen.mask, None, seen.query, seen.key.shape[2], key.shape[2], seen.is_causal)
     groups = seen.query.shape[1] // keys.shape[1]
     scores = seen.query.float() @ keys.float().repeat_interleave(groups, 1).mT * seen.scale
     return (scores if mask is None else scores + mask.float()).softmax(-1)

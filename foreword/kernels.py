@@ -1,17 +1,19 @@
-"""Attention over a prefix and the real tokens, as pure tensor functions.
+"""Attention over prefixes and the real tokens, as pure tensor functions.
 
 The softmax over [prefix; tokens] splits exactly: each part is computed on its own, and the parts are merged with
-weights from their log-sum-exps (lse). `merged_attention` does this, with a fused kernel for the token part and dense
-products for the short prefix part. `concatenate` and `extend_mask` are the reference path: they put the prefix in
-front of the keys and values for any attention function, and every fast path is tested against them.
+weights from their log-sum-exps (lse). `merged_attention` does this, with a fused kernel for the token part. `concatenate`
+and `extend_mask` are the reference path: they put the prefix in front of the keys and values for any attention function,
+and every fast path is tested against them.
 
 Differentiating through the lse that a fused kernel returns is silently wrong: it carries no gradient. So the merge is
 one `autograd.Function` whose backward calls the backward of each part with the *merged* output and the *merged* lse;
 then `exp(score - lse)` and `delta = rowsum(grad * output)` are those of the joint softmax, and the parts' query
 gradients add up.
 
-Notation: B batch, T query tokens, S key tokens, P virtual tokens, H query heads, G key/value heads, D and E key and
-value head dimensions, R the batch rows that see one prefix.
+The prefix part is never repeated for the rows of a batch: the rows that see a prefix become part of its query axis.
+
+Notation: B batch, T query tokens, S key tokens, K prefixes of P virtual tokens, R rows that see one prefix, H query heads,
+G key/value heads, D and E key and value head dimensions.
 """
 
 from collections.abc import Sequence
@@ -23,48 +25,96 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-__all__ = ["PrefixPart", "concatenate", "extend_mask", "has_token_kernel", "merged_attention"]
+from .token_kernels import Packing, Tokens, dense_backward, dense_forward, lse_dtype, token_kernel
+
+__all__ = [
+    "Prefixes",
+    "Rows",
+    "assign",
+    "concatenate",
+    "extend_mask",
+    "merged_attention",
+    "stack",
+]
+
+_SHORT = 128  # virtual tokens up to which a kernel of our own is faster than a fused one for the prefix part
 
 
-class PrefixPart(NamedTuple):
-    """One prefix at one attention site, and the batch rows that see it (`None`: every row).
+class Rows(NamedTuple):
+    """Which rows of a batch see which prefix."""
 
-    `bias` is added to the scores of each virtual token: the logarithm of its gate.
+    owner: Int[Tensor, " B"]  # the prefix that each row sees, -1 for none
+    groups: Int[Tensor, "K R"]  # the rows that see each prefix, filled up with -1
+    places: Int[Tensor, " B"]  # where each row stands in `groups`, flattened; 0 for a row that sees none
+
+
+class Prefixes(NamedTuple):
+    """The prefixes that a batch sees at one attention site. `rows` is `None` where all rows see the only one.
+
+    `bias` is added to the scores of each virtual token: the logarithm of its gate, -inf where there is no such token.
     """
 
-    key: Float[Tensor, "P G D"]
-    value: Float[Tensor, "P G E"]
-    bias: Float[Tensor, "P G"] | None = None
-    rows: Int[Tensor, " R"] | None = None
+    key: Float[Tensor, "K P G D"]
+    value: Float[Tensor, "K P G E"]
+    bias: Float[Tensor, "K P G"] | None = None
+    rows: Rows | None = None
+
+
+def assign(owners: Sequence[int], device: torch.device | str = "cpu") -> Rows:
+    """`owners`: for each row the number of its prefix, or -1."""
+    members = [[i for i, owner in enumerate(owners) if owner == k] for k in range(max(owners) + 1)]
+    most = max(map(len, members))
+    places = [0] * len(owners)
+    for k, own in enumerate(members):
+        for r, i in enumerate(own):
+            places[i] = k * most + r
+    groups = [own + [-1] * (most - len(own)) for own in members]
+    return Rows(*(torch.tensor(numbers, device=device) for numbers in (owners, groups, places)))
+
+
+def stack(
+    entries: Sequence[tuple[Float[Tensor, "_ G D"], Float[Tensor, "_ G E"], Float[Tensor, "_ G"] | None]],
+    rows: Rows | None = None,
+) -> Prefixes:
+    """Prefixes of one site as one, filled up to the longest."""
+    if len(entries) == 1:
+        key, value, bias = entries[0]
+        return Prefixes(key[None], value[None], None if bias is None else bias[None], rows)
+    longest = max(len(key) for key, _, _ in entries)
+    biases = None
+    if any(bias is not None or len(key) < longest for key, _, bias in entries):
+        own = [key.new_zeros(key.shape[:2]) if bias is None else bias for key, _, bias in entries]
+        biases = torch.stack([pad(bias, (0, 0, 0, longest - len(bias)), value=-torch.inf) for bias in own])
+    keys, values = (
+        torch.stack([pad(entry[i], (0, 0, 0, 0, 0, longest - len(entry[i]))) for entry in entries]) for i in (0, 1)
+    )
+    return Prefixes(keys, values, biases, rows)
 
 
 # ----------------------------------------------------------------------------------------------- the reference path
 
 
 def concatenate(
-    key: Float[Tensor, "B G S D"], value: Float[Tensor, "B G S E"], parts: Sequence[PrefixPart]
+    key: Float[Tensor, "B G S D"], value: Float[Tensor, "B G S E"], prefixes: Prefixes
 ) -> tuple[Float[Tensor, "B G N D"], Float[Tensor, "B G N E"], Float[Tensor, "B G P"] | None]:
-    """Put each row's prefix in front of its keys and values, filled up on the left to the longest prefix.
+    """Put each row's prefix in front of its keys and values.
 
     Returns the longer keys and values, and the score bias of the `P` new columns (the log of each gate, the lowest
-    number where a row has no virtual token), or `None` where nothing is gated and nothing is filled.
+    number where a row has no virtual token), or `None` where nothing is gated and every row has all of them.
     """
-    longest = max(part.key.shape[0] for part in parts)
-    owner = torch.full((len(key),), len(parts), device=key.device)
-    for i, part in enumerate(parts):
-        owner[slice(None) if part.rows is None else part.rows] = i
 
-    def stack(blocks: list[Tensor], like: Tensor, fill: float) -> Tensor:
-        filled = [pad(b.transpose(0, 1).to(like.dtype), (0, 0, longest - len(b), 0), value=fill) for b in blocks]
-        return torch.stack([*filled, torch.full_like(filled[0], fill)])[owner]
+    def for_each_row(tensor: Tensor, fill: float) -> Tensor:
+        if prefixes.rows is None:
+            return tensor.expand(len(key), *tensor.shape[1:])
+        return torch.cat([tensor, torch.full_like(tensor[:1], fill)])[prefixes.rows.owner]
 
-    new_key = stack([part.key for part in parts], key, 0.0)
-    new_value = stack([part.value for part in parts], value, 0.0)
+    new_key = for_each_row(prefixes.key.to(key.dtype), 0.0).transpose(1, 2)
+    new_value = for_each_row(prefixes.value.to(value.dtype), 0.0).transpose(1, 2)
     bias = None
-    if any(part.bias is not None or part.rows is not None for part in parts):
-        gates = [part.key.new_zeros(part.key.shape[:2]) if part.bias is None else part.bias for part in parts]
+    if prefixes.bias is not None or prefixes.rows is not None:
         lowest = torch.finfo(key.dtype).min
-        bias = stack([gate[..., None] for gate in gates], key, lowest).squeeze(-1)
+        gates = prefixes.key.new_zeros(prefixes.key.shape[:3]) if prefixes.bias is None else prefixes.bias
+        bias = for_each_row(gates.to(key.dtype).clamp_min(lowest), lowest).transpose(1, 2)
     return torch.cat([new_key, key], 2), torch.cat([new_value, value], 2), bias
 
 
@@ -100,173 +150,141 @@ def extend_mask(
 # -------------------------------------------------------------------------------------------------- the merged path
 
 
-def has_token_kernel(query: Float[Tensor, "B H T D"], value: Float[Tensor, "B G S E"], mask: Tensor | None) -> bool:
-    """Whether a fused kernel that returns its lse can compute the token part."""
-    if query.shape[-1] != value.shape[-1] or (mask is not None and mask.requires_grad):
-        return False
-    if query.device.type == "cpu":
-        return query.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    if query.device.type == "cuda":
-        half = query.dtype in (torch.bfloat16, torch.float16)
-        return half and mask is None and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
-    return False
-
-
 def merged_attention(
     query: Float[Tensor, "B H T D"],
     key: Float[Tensor, "B G S D"],
     value: Float[Tensor, "B G S E"],
-    parts: Sequence[PrefixPart],
+    prefixes: Prefixes,
     *,
     scale: float,
     mask: Bool[Tensor, "#B #H T S"] | Float[Tensor, "#B #H T S"] | None = None,
     is_causal: bool = False,
+    packing: Packing | None = None,
+    window: int | None = None,
 ) -> Float[Tensor, "B H T E"]:
     """softmax([query @ prefix_key + bias; query @ key + mask]) @ [prefix_value; value], exactly, without concatenating.
 
-    The prefixes are dense and unmasked. `is_causal` needs as many queries as keys and no `mask`. Needs
-    `has_token_kernel(query, value, mask)`.
+    Prefixes are dense and unmasked. `is_causal` needs as many queries as keys and no `mask`. With `packing` attention is
+    causal inside each document, at most `window` tokens back. Needs `has_token_kernel(query, value, mask)`.
     """
     assert not is_causal or (mask is None and query.shape[2] == key.shape[2]), "causal attention must be square"
+    assert packing is None or mask is None, "packed documents have no mask"
+    assert window is None or packing is not None, "only packed documents have a window"
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, -torch.inf)
-    tensors = [tensor for part in parts for tensor in part[:3]]
-    rows = tuple(part.rows for part in parts)
-    return _Merged.apply(query, key, value, mask, is_causal, scale, rows, *tensors)
+    how = Tokens(mask, is_causal, scale, packing, window)
+    return _Merged.apply(query, key, value, how, prefixes.rows, prefixes.key, prefixes.value, prefixes.bias)
 
 
 class _Merged(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, mask, is_causal, scale, rows, *tensors):
-        output, lse, context = _tokens_forward(query, key, value, mask, is_causal, scale)
-        lse = lse.to(_lse_dtype(query))
-        parts = _parts(tensors, rows)
-        partial = []
-        for part in parts:
-            part_output, part_lse = _prefix_forward(_take(query, part.rows), part, scale)
-            if part.rows is not None:  # rows that do not see this prefix give it weight exp(-inf)
-                part_output = torch.zeros_like(output).index_copy(0, part.rows, part_output)
-                part_lse = torch.full_like(lse, -torch.inf).index_copy(0, part.rows, part_lse)
-            partial.append((part_output, part_lse))
-        total = lse
-        for _, part_lse in partial:
-            total = torch.logaddexp(total, part_lse)
-        # A query that sees nothing at all (padding in a row without a prefix) gets output 0 and gradient 0.
-        total = total.masked_fill(total == -torch.inf, 0.0)
-        merged = output * (lse - total).exp()[..., None].to(output.dtype)
-        for part_output, part_lse in partial:
+    def forward(ctx, query, key, value, how, rows, *tensors):
+        prefixes = Prefixes(*tensors, rows)
+        output, lse, context = token_kernel(query, how).forward(query, key, value, how)
+        lse, part_context = lse.to(lse_dtype(query)), ()
+        if _has_kernel_of_our_own(query, prefixes):
+            from . import triton_kernels
+
+            owner = None if rows is None else rows.owner
+            merged, total = triton_kernels.merge_prefix(query, *tensors, owner, output, lse, how.scale)
+        else:
+            part_output, part_lse, part_context = _prefix_forward(query, prefixes, how.scale)
+            total = torch.logaddexp(lse, part_lse)
+            # A query that sees nothing at all (padding in a row without a prefix) gets output 0 and gradient 0.
+            total = total.masked_fill(total == -torch.inf, 0.0)
+            merged = output * (lse - total).exp()[..., None].to(output.dtype)
             merged = merged + part_output * (part_lse - total).exp()[..., None].to(output.dtype)
-        ctx.save_for_backward(query, key, value, mask, merged, total, *tensors)
-        ctx.is_causal, ctx.scale, ctx.rows, ctx.context = is_causal, scale, rows, context
+        ctx.save_for_backward(query, key, value, merged, total, *tensors)
+        ctx.how, ctx.rows, ctx.context, ctx.part_context = how, rows, context, part_context
         return merged
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]  # how autograd calls it
-        query, key, value, mask, output, lse, *tensors = ctx.saved_tensors
-        grad_query, grad_key, grad_value = _tokens_backward(
-            grad, query, key, value, output, lse, mask, ctx.is_causal, ctx.scale, ctx.context
-        )
-        delta = (grad.to(lse.dtype) * output).sum(-1)
-        grads = []
-        for part in _parts(tensors, ctx.rows):
-            own_grad, own_query, own_lse, own_delta = (_take(t, part.rows) for t in (grad, query, lse, delta))
-            part_query, *part_grads = _prefix_backward(own_grad, own_query, own_lse, own_delta, part, ctx.scale)
-            grad_query = (
-                grad_query + part_query if part.rows is None else grad_query.index_add(0, part.rows, part_query)
+        query, key, value, output, lse, *tensors = ctx.saved_tensors
+        prefixes, scale = Prefixes(*tensors, ctx.rows), ctx.how.scale
+        if any(ctx.needs_input_grad[:3]):
+            saved = grad, query, key, value, output, lse
+            grad_query, grad_key, grad_value = token_kernel(query, ctx.how).backward(*saved, ctx.how, ctx.context)
+        else:  # the first layer: nothing before it is trained
+            grad_query, grad_key, grad_value = torch.zeros_like(query), None, None
+        if _has_kernel_of_our_own(query, prefixes):
+            from . import triton_kernels
+
+            owner, groups = (None, None) if ctx.rows is None else ctx.rows[:2]
+            part_grads = triton_kernels.merge_prefix_backward(
+                grad, query, *tensors, owner, groups, output, lse, grad_query, scale
             )
-            grads.extend(part_grads)
-        return grad_query, grad_key, grad_value, None, None, None, None, *grads
+        else:
+            part_query, *part_grads = _prefix_backward(grad, query, output, lse, prefixes, scale, ctx.part_context)
+            grad_query = grad_query + part_query
+        return grad_query, grad_key, grad_value, None, None, *part_grads
 
 
-def _parts(tensors: Sequence[Tensor | None], rows: Sequence[Tensor | None]) -> list[PrefixPart]:
-    return [PrefixPart(*tensors[3 * i : 3 * i + 3], rows=r) for i, r in enumerate(rows)]  # pyright: ignore[reportArgumentType]
+# ------------------------------------------------------------------------------------------------- the prefix part
 
 
-def _take(tensor: Tensor, rows: Tensor | None) -> Tensor:
-    return tensor if rows is None else tensor.index_select(0, rows)
+def _has_kernel_of_our_own(query: Tensor, prefixes: Prefixes) -> bool:
+    return query.device.type == "cuda" and not _is_long(prefixes)
 
 
-# ------------------------------------------------------------------------------- the token part: PyTorch's own kernels
+def _is_long(prefixes: Prefixes) -> bool:
+    """Whether the prefix part is large enough for a fused kernel, and plain enough: one prefix, without a bias."""
+    return prefixes.key.shape[1] > _SHORT and prefixes.rows is None and prefixes.bias is None
 
 
-def _tokens_forward(query, key, value, mask, is_causal, scale):
-    """The output, the lse (-inf where a query sees no key), and what the backward needs besides."""
-    if query.device.type == "cpu":
-        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
+def _prefix_forward(query: Tensor, prefixes: Prefixes, scale: float) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Output `[B, H, T, E]` and lse `[B, H, T]` of attention to the prefixes alone, and what the backward needs besides."""
+    if _is_long(prefixes):
+        how = Tokens(None, False, scale)
+        output, lse, context = token_kernel(query, how).forward(_one_row(query), *_as_tokens(prefixes), how)
+        return _all_rows(output, query), _all_rows(lse, query), context
+    output, lse = dense_forward(_take(query, prefixes.rows), prefixes.key, prefixes.value, prefixes.bias, scale)
+    return _put(output, prefixes.rows, 0.0), _put(lse, prefixes.rows, -torch.inf), ()
+
+
+def _prefix_backward(grad, query, output, lse, prefixes: Prefixes, scale: float, context: tuple[Tensor, ...]):
+    """Gradients of queries, keys, values and bias, given the merged output and lse."""
+    rows = prefixes.rows
+    if _is_long(prefixes):
+        how = Tokens(None, False, scale)
+        saved = (_one_row(tensor) for tensor in (grad, query))
+        part_query, part_key, part_value = token_kernel(query, how).backward(
+            *saved, *_as_tokens(prefixes), _one_row(output), _one_row(lse), how, context
         )
-        if mask is not None:  # for a query without keys this kernel returns an lse of 0
-            lse = lse.masked_fill((mask == -torch.inf).all(-1).expand_as(lse), -torch.inf)
-        return output, lse, ()
-    output, lse, *context = torch.ops.aten._scaled_dot_product_flash_attention(
-        query, key, value, 0.0, is_causal, False, scale=scale
-    )
-    return output, lse, tuple(context[:6])
+        return _all_rows(part_query, query), part_key.transpose(1, 2), part_value.transpose(1, 2), None
+    delta = (grad.to(lse.dtype) * output).sum(-1)
+    own_lse = _take(lse, rows)
+    if rows is not None:  # where a group is filled up, nothing is seen
+        own_lse = own_lse.masked_fill((rows.groups < 0).flatten()[:, None, None], torch.inf)
+    taken = _take(grad, rows), _take(query, rows), own_lse, _take(delta, rows)
+    part_query, *part_grads = dense_backward(*taken, prefixes.key, prefixes.value, prefixes.bias, scale)
+    return _put(part_query, rows, 0.0), *part_grads
 
 
-def _tokens_backward(grad, query, key, value, output, lse, mask, is_causal, scale, context):
-    if query.device.type == "cpu":  # in bfloat16 this kernel takes 2.4 times as long as in float32
-        dtype = _lse_dtype(query)
-        grad, *saved = (tensor.to(dtype) for tensor in (grad, query, key, value, output, lse))
-        mask = mask if mask is None else mask.to(dtype)
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, *saved, 0.0, is_causal, attn_mask=mask, scale=scale
-        )
-        return tuple(gradient.to(query.dtype) for gradient in grads)
-    cum_q, cum_k, max_q, max_k, seed, offset = context
-    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        grad, query, key, value, output, lse, cum_q, cum_k, max_q, max_k, 0.0, is_causal, seed, offset, scale=scale
-    )
+def _take(tensor: Tensor, rows: Rows | None) -> Tensor:
+    """[B, ...] -> [K * R, ...]: the rows of the first prefix, of the second, and so on."""
+    return tensor if rows is None else tensor.index_select(0, rows.groups.clamp_min(0).flatten())
 
 
-def _lse_dtype(query: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.float32, query.dtype)
+def _put(tensor: Tensor, rows: Rows | None, none: float) -> Tensor:
+    """[K * R, ...] -> [B, ...], `none` where a row sees no prefix."""
+    if rows is None:
+        return tensor
+    unseeing = (rows.owner < 0).view(-1, *[1] * (tensor.dim() - 1))
+    return tensor.index_select(0, rows.places).masked_fill(unseeing, none)
 
 
-# ------------------------------------------------------------------------- the prefix part: dense, batch folded away
+def _one_row(tensor: Tensor) -> Tensor:
+    """[B, H, T, ...] -> [1, H, B * T, ...]: all queries as one row, so that the prefix is never repeated."""
+    return tensor.transpose(1, 2).reshape(1, -1, tensor.shape[1], *tensor.shape[3:]).transpose(1, 2)
 
 
-def _fold(tensor: Tensor, groups: int) -> Tensor:
-    """[R, H, T, D] -> [G, R*(H/G)*T, D]: the batch becomes part of the query axis, so the prefix is never repeated."""
-    rows, heads, length = tensor.shape[:3]
-    grouped = tensor.reshape(rows, groups, heads // groups, length, *tensor.shape[3:]).transpose(0, 1)
-    return grouped.reshape(groups, rows * (heads // groups) * length, *tensor.shape[3:])
+def _all_rows(tensor: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_one_row`."""
+    batch, heads, length = like.shape[:3]
+    return tensor.transpose(1, 2).reshape(batch, length, heads, *tensor.shape[3:]).transpose(1, 2)
 
 
-def _unfold(tensor: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `_fold`, for a tensor with the rows, heads and length of `like`."""
-    rows, heads, length = like.shape[:3]
-    grouped = tensor.reshape(len(tensor), rows, heads // len(tensor), length, *tensor.shape[2:])
-    return grouped.transpose(0, 1).reshape(rows, heads, length, *tensor.shape[2:])
-
-
-def _scores(query: Tensor, part: PrefixPart, scale: float) -> tuple[Tensor, Tensor]:
-    folded = _fold(query, part.key.shape[1])
-    scores = torch.bmm(folded, part.key.permute(1, 2, 0)).to(_lse_dtype(query)) * scale
-    if part.bias is not None:
-        scores = scores + part.bias.t()[:, None]
-    return folded, scores
-
-
-def _prefix_forward(query: Tensor, part: PrefixPart, scale: float) -> tuple[Tensor, Tensor]:
-    _, scores = _scores(query, part, scale)
-    lse = scores.logsumexp(-1)
-    output = torch.bmm((scores - lse[..., None]).exp().to(query.dtype), part.value.transpose(0, 1))
-    return _unfold(output, query), _unfold(lse, query)
-
-
-def _prefix_backward(grad, query, lse, delta, part: PrefixPart, scale: float):
-    """Gradients of query, key, value, bias, given the lse and delta of the joint softmax."""
-    groups = part.key.shape[1]
-    folded, scores = _scores(query, part, scale)
-    folded_grad = _fold(grad, groups)
-    weights = (scores - _fold(lse, groups)[..., None]).exp()
-    grad_value = torch.bmm(weights.to(grad.dtype).mT, folded_grad)
-    grad_weights = torch.bmm(folded_grad, part.value.permute(1, 2, 0))
-    grad_scores = weights * (grad_weights - _fold(delta, groups)[..., None])
-    scaled = (grad_scores * scale).to(query.dtype)
-    grad_query = torch.bmm(scaled, part.key.transpose(0, 1))
-    grad_key = torch.bmm(scaled.mT, folded)
-    grad_bias = None if part.bias is None else grad_scores.sum(1).t().to(part.bias.dtype)
-    return _unfold(grad_query, query), grad_key.transpose(0, 1), grad_value.transpose(0, 1), grad_bias
+def _as_tokens(prefixes: Prefixes) -> tuple[Tensor, Tensor]:
+    return prefixes.key.transpose(1, 2), prefixes.value.transpose(1, 2)

@@ -10,15 +10,17 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from foreword.kernels import PrefixPart, concatenate, extend_mask, has_token_kernel, merged_attention
+from foreword import kernels
+from foreword.kernels import Prefixes, assign, concatenate, extend_mask, merged_attention, stack
+from foreword.token_kernels import has_token_kernel
 
 
 def draw(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
 
-def reference(query, key, value, parts, *, scale, mask, is_causal):
-    long_key, long_value, bias = concatenate(key, value, parts)
+def reference(query, key, value, prefixes, *, scale, mask, is_causal):
+    long_key, long_value, bias = concatenate(key, value, prefixes)
     new = long_key.shape[2] - key.shape[2]
     mask = extend_mask(mask, bias, query, key.shape[2], new, is_causal)
     return scaled_dot_product_attention(query, long_key, long_value, mask, scale=scale, enable_gqa=True)
@@ -37,6 +39,7 @@ def cases(draw_from):
         "lengths": draw_from(st.lists(st.integers(1, 5), min_size=1, max_size=3)),
         "shared": draw_from(st.booleans()),
         "gated": draw_from(st.booleans()),
+        "long": draw_from(st.booleans()),
         "seed": number(0, 1000),
     }
 
@@ -46,52 +49,52 @@ def build(case):
     (batch, tokens, keys, groups, each), dim = case["shape"], case["dim"]
     query, key = draw(g, batch, groups * each, tokens, dim), draw(g, batch, groups, keys, dim)
     value = draw(g, batch, groups, keys, dim)
-    owner = torch.randint(-1, len(case["lengths"]), (batch,), generator=g)
-    parts = []
-    for i, length in enumerate(case["lengths"][:1] if case["shared"] else case["lengths"]):
+    entries = []
+    for length in case["lengths"][:1] if case["shared"] else case["lengths"]:
         bias = draw(g, length, groups) if case["gated"] else None
-        rows = None if case["shared"] else (owner == i).nonzero().squeeze(-1)
-        parts.append(PrefixPart(draw(g, length, groups, dim), draw(g, length, groups, dim), bias, rows))
+        entries.append((draw(g, length, groups, dim), draw(g, length, groups, dim), bias))
+    owner = torch.randint(-1, len(entries), (batch,), generator=g).tolist()
+    owner[0] = len(entries) - 1  # so that every prefix stands in the groups
+    prefixes = stack(entries, None if case["shared"] else assign(owner))
     mask = None
     if case["mask"] in ("boolean", "additive"):
         mask = torch.rand(batch, 1, tokens, keys, generator=g) < 0.6
         mask[..., 0] |= ~mask.any(-1)  # every query sees a token, as in the models; see below for those that do not
         if case["mask"] == "additive":
             mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
-    return (query, key, value, parts), {"scale": dim**-0.5, "mask": mask, "is_causal": case["mask"] == "causal"}
+    return (query, key, value, prefixes), entries, {"scale": dim**-0.5, "mask": mask, "is_causal": case["mask"] == "causal"}
 
 
 @settings(max_examples=150, deadline=None)
 @given(cases())
 def test_merged_equals_concatenated_with_all_gradients(case):
-    arguments, options = build(case)
-    query, key, value, parts = arguments
-    tensors = [query, key, value, *(t for part in parts for t in part[:3] if t is not None)]
-    merged, expected = merged_attention(*arguments, **options), reference(*arguments, **options)
-    torch.testing.assert_close(merged, expected, rtol=1e-10, atol=1e-10)
-    upstream = torch.randn(merged.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    options = {"allow_unused": True, "materialize_grads": True}
-    for name, ours, theirs in zip(
-        ["query", "key", "value", *["prefix"] * 9],
-        torch.autograd.grad(merged, tensors, upstream, **options),
-        torch.autograd.grad(expected, tensors, upstream, **options),
-        strict=False,
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    arguments, entries, options = build(case)
+    tensors = [*arguments[:3], *(tensor for entry in entries for tensor in entry if tensor is not None)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_SHORT", 2 if case["long"] else 128)  # virtual tokens beyond which a fused kernel is taken
+        merged, expected = merged_attention(*arguments, **options), reference(*arguments, **options)
+        torch.testing.assert_close(merged, expected, rtol=1e-10, atol=1e-10)
+        upstream = torch.randn(merged.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        ours, theirs = (
+            torch.autograd.grad(output, tensors, upstream, allow_unused=True, materialize_grads=True)
+            for output in (merged, expected)
+        )
+    for name, own, other in zip(["query", "key", "value", *["prefix"] * 9], ours, theirs, strict=False):
+        torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_query_that_sees_no_token_sees_only_the_prefix_or_nothing():
     g = torch.Generator().manual_seed(0)
     query, key, value = draw(g, 2, 2, 3, 8), draw(g, 2, 1, 3, 8), draw(g, 2, 1, 3, 8)
-    part = PrefixPart(draw(g, 4, 1, 8), draw(g, 4, 1, 8), rows=torch.tensor([0]))
+    prefix = Prefixes(draw(g, 1, 4, 1, 8), draw(g, 1, 4, 1, 8), rows=assign([0, -1]))
     mask = torch.ones(2, 1, 3, 3, dtype=torch.bool).tril()
     mask[:, :, 0] = False
-    output = merged_attention(query, key, value, [part], scale=1.0, mask=mask)
-    alone = (query[0, :, 0] @ part.key[:, 0].T).softmax(-1) @ part.value[:, 0]
+    output = merged_attention(query, key, value, prefix, scale=1.0, mask=mask)
+    alone = (query[0, :, 0] @ prefix.key[0, :, 0].T).softmax(-1) @ prefix.value[0, :, 0]
     torch.testing.assert_close(output[0, :, 0], alone)
     assert output[1, :, 0].abs().max() == 0
     output.sum().backward()
-    for tensor in (query, key, value, part.key, part.value):
+    for tensor in (query, key, value, prefix.key, prefix.value):
         assert tensor.grad is not None
         assert torch.isfinite(tensor.grad).all()
 
@@ -102,13 +105,13 @@ def test_bfloat16_is_as_exact_as_bfloat16_allows():
         draw(g, 2, 6, 40, 16),
         draw(g, 2, 2, 40, 16),
         draw(g, 2, 2, 40, 16),
-        draw(g, 5, 2, 16),
-        draw(g, 5, 2, 16),
+        draw(g, 1, 5, 2, 16),
+        draw(g, 1, 5, 2, 16),
     ]
 
     def run(dtype: torch.dtype) -> list[Tensor]:
         q, k, v, pk, pv = (t.detach().to(dtype).requires_grad_() for t in tensors)
-        output = merged_attention(q, k, v, [PrefixPart(pk, pv)], scale=0.25, is_causal=True)
+        output = merged_attention(q, k, v, Prefixes(pk, pv), scale=0.25, is_causal=True)
         return [output, *torch.autograd.grad(output.float().pow(2).sum(), [q, k, v, pk, pv])]
 
     for low, exact in zip(run(torch.bfloat16), run(torch.float64), strict=True):
@@ -139,9 +142,7 @@ class _Largest(TorchDispatchMode):
 def test_prefix_is_never_repeated_for_the_rows():
     batch, length, width = 16, 32, 8
     query, key, value = (torch.randn(batch, 2, 1, width, requires_grad=True) for _ in range(3))
-    part = PrefixPart(
-        torch.randn(length, 2, width, requires_grad=True), torch.randn(length, 2, width, requires_grad=True)
-    )
+    key_and_value = (torch.randn(1, length, 2, width, requires_grad=True) for _ in range(2))
     with _Largest() as largest:
-        merged_attention(query, key, value, [part], scale=1.0).sum().backward()
+        merged_attention(query, key, value, Prefixes(*key_and_value), scale=1.0).sum().backward()
     assert batch * 2 * length <= largest.numbers < batch * 2 * length * width  # its scores, but not its keys

@@ -10,7 +10,7 @@ import foreword
 
 PACKAGE = Path(foreword.__file__).parent
 LEVELS = [
-    ["errors", "heads"],
+    ["errors", "heads", "token_kernels", "triton_kernels"],
     ["config", "fingerprint", "kernels", "losses", "prefix", "scores", "sources"],
     ["attention", "data", "options", "reparameterization", "runs", "store"],
     ["anatomy"],
