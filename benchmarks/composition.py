@@ -143,7 +143,7 @@ def documents(base: Any) -> None:
             examples, _ = encode(rows, base.tokenizer, TURNS, 256)
             labels = sum(len(example.input_ids) - example.prompt_length for example in examples)
             with attach(base.model, [prefix]), torch.inference_mode():
-                loss = float(completion_loss(base.model, collate(examples))) / labels
+                loss = float(completion_loss(base.model, collate([examples]))) / labels
             said = answer(
                 base.model, base.tokenizer, rows, [prefix] * len(rows), templates=[TURNS] * len(rows), max_new_tokens=24
             )

@@ -24,6 +24,7 @@ __all__ = [
     "Stack",
     "attention_sites",
     "input_device",
+    "layers_with_sites",
     "layers_without_sites",
     "place",
     "sample_inputs",
@@ -146,14 +147,21 @@ def _inputs(
 
 def layers_without_sites(model: PreTrainedModel) -> list[str]:
     """The layers that no prefix reaches, beside others that have attention: state spaces, convolutions, linear attention."""
+    reached = {name for name, _ in layers_with_sites(model)}
+    rows = [[name for name, _ in row] for row in _layers(model)]
+    return [layer for row in rows if reached & set(row) for layer in row if layer not in reached]
+
+
+def layers_with_sites(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """The layers that hold attention sites, by name."""
     sites = [site.name for site in attention_sites(model)]
-    layers = [
-        [f"{name}.{number}" for number, _ in module.named_children()]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-    ]
-    reached = {layer for row in layers for layer in row if any(site.startswith(f"{layer}.") for site in sites)}
-    return [layer for row in layers if reached & set(row) for layer in row if layer not in reached]
+    layers = [layer for row in _layers(model) for layer in row]
+    return [(name, layer) for name, layer in layers if any(site.startswith(f"{name}.") for site in sites)]
+
+
+def _layers(model: PreTrainedModel) -> list[list[tuple[str, nn.Module]]]:
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    return [[(f"{name}.{number}", layer) for number, layer in module.named_children()] for name, module in lists]
 
 
 def input_device(model: nn.Module) -> torch.device:

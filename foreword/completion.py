@@ -6,20 +6,34 @@ An encoder-decoder reads the prompt in its encoder, and its decoder says the com
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .anatomy import input_device
-from .attachment import attach
-from .data import IGNORED, Batch, Example, Row, collate, completion_row, prompt_ids
+from .attachment import attach, can_pack, packed_inputs
+from .data import IGNORED, Batch, Example, Row, completion_row, prompt_ids
+from .data import collate as gather
 from .data import encode as encode_completions
-from .losses import summed_cross_entropy
+from .losses import cross_entropy, head_cross_entropy, is_plain_head
 from .prefix import Prefix
 
-__all__ = ["METRICS", "about", "answer", "completion_loss", "encode", "loss", "measure", "options", "row"]
+__all__ = [
+    "METRICS",
+    "about",
+    "answer",
+    "collate",
+    "completion_loss",
+    "encode",
+    "loss",
+    "measure",
+    "options",
+    "row",
+]
 
 METRICS = {"exact_match": "exact match %", "rouge_l": "ROUGE-L", "bleu": "BLEU"}
 
@@ -45,11 +59,20 @@ def about(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[st
     return {"template": tokenizer.chat_template} | encoder
 
 
-def loss(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
-    """The summed loss of the rows, in nats."""
+def collate(model: PreTrainedModel, groups: Sequence[Sequence[Example]]) -> Batch | Sequence[Sequence[Example]]:
+    """The rows of each run as `loss` takes them."""
     if model.config.is_encoder_decoder:
-        return _target_loss(model, examples)
-    return completion_loss(model, collate(examples, input_device(model)))
+        return groups
+    lengths = {len(example.input_ids) for group in groups for example in group}
+    packed = input_device(model).type == "cuda" and len(lengths) > 1 and can_pack(model)
+    return gather(groups, packed).to(input_device(model))
+
+
+def loss(model: PreTrainedModel, batch: Batch | Sequence[Sequence[Example]]) -> Float[Tensor, " K"]:
+    """The summed loss of each run's rows, in nats."""
+    if not isinstance(batch, Batch):
+        return torch.stack([_target_loss(model, examples) for examples in batch])
+    return completion_loss(model, batch)
 
 
 def _target_loss(model: Any, examples: Sequence[Example]) -> Tensor:
@@ -64,15 +87,49 @@ def _target_loss(model: Any, examples: Sequence[Example]) -> Tensor:
         decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels),
         use_cache=False,
     ).logits
-    return summed_cross_entropy(logits.flatten(0, 1), labels.flatten(), IGNORED)
+    return cross_entropy(logits.flatten(0, 1), labels.flatten(), IGNORED).sum()
 
 
-def completion_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The summed cross-entropy of the completion tokens, in nats. Logits are computed only where a row has a label."""
-    labels = batch.labels[:, 1:]
-    columns = (labels != IGNORED).any(0).nonzero().squeeze(-1)
-    logits = model(input_ids=batch.input_ids, logits_to_keep=columns, use_cache=False).logits
-    return summed_cross_entropy(logits.flatten(0, 1), labels[:, columns].flatten(), IGNORED)
+def completion_loss(model: PreTrainedModel, batch: Batch) -> Float[Tensor, " K"]:
+    """For each run the summed cross-entropy of its completion tokens, in nats. Logits are made of labelled tokens only."""
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+    if batch.starts is not None:
+        inputs |= {"position_ids": batch.position_ids} | packed_inputs(batch.starts, batch.longest)
+    head: Any = model.get_output_embeddings()
+    width = batch.input_ids.shape[1]
+    hidden = _hidden(model, head, inputs) if is_plain_head(head) else None
+    if hidden is not None:
+        losses = head_cross_entropy(hidden.flatten(0, 1), head, batch.places, batch.labels, IGNORED)
+    else:
+        logits = model(**inputs, logits_to_keep=batch.columns).logits.flatten(0, 1)
+        place = torch.searchsorted(batch.columns, batch.places % width) + batch.places // width * len(batch.columns)
+        losses = cross_entropy(logits.index_select(0, place), batch.labels, IGNORED)
+    if batch.runs == 1:
+        return losses.sum()[None]
+    by_row = losses.new_zeros(len(batch.owners)).index_add(0, batch.places // width, losses)
+    return torch.stack([by_row[[i for i, owner in enumerate(batch.owners) if owner == run]].sum() for run in range(batch.runs)])
+
+
+_finishes: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()  # whether a model changes what its head puts out
+
+
+def _hidden(model: PreTrainedModel, head: nn.Linear, inputs: dict[str, Any]) -> Float[Tensor, "B T D"] | None:
+    """The hidden states that the head is called with, unless the model does something with what it puts out."""
+    if _finishes.get(model):
+        return None
+    seen: list[Tensor] = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        seen.append(hidden)
+        return hidden
+
+    head.__dict__["forward"] = forward
+    try:
+        output = model(**inputs).logits
+    finally:
+        del head.__dict__["forward"]
+    _finishes[model] = not seen or output is not seen[-1]
+    return None if _finishes[model] else output
 
 
 def options(

@@ -3,13 +3,13 @@
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from .errors import DataError
@@ -37,6 +37,7 @@ __all__ = [
 AnyRow = TypeVar("AnyRow")
 IGNORED = -100  # the label of a token that carries no loss
 _BUCKET_BATCHES = 16  # rows are sorted by length within this many batches
+_TOKENS, _LABELS = 256, 256  # to whose multiples packed batches are filled up
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,36 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded rows. Causal attention never looks right, so no mask is needed; padding carries no label."""
+    """Rows of one run, or of several that train together, as tensors.
+
+    Padded: one row of tokens for each row of data, filled up on the right; causal attention never looks right, so no mask
+    is needed. Packed: one row of tokens for each run, its rows of data end to end.
+    """
 
     input_ids: Tensor  # [B, T]
-    labels: Tensor  # [B, T], IGNORED where there is no loss
+    places: Tensor  # [M], where in the flattened tokens a label is predicted
+    labels: Tensor  # [M], the token that is right there; IGNORED where M was filled up
+    columns: Tensor  # [C], sorted: the columns in which any row has a label
+    owners: tuple[int, ...]  # B, the run that each row of tokens belongs to
+    runs: int
+    position_ids: Tensor | None = None  # [B, T] of packed rows
+    starts: Tensor | None = None  # [N], int32: where packed rows of data start, flattened, and the end of the last
+    longest: int = 0  # no packed row of data has more tokens
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on another device; to a GPU without waiting for it."""
+        return Batch(**{name: _to(value, device) for name, value in vars(self).items()})
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """Batches of one shape can be computed by one CUDA graph."""
+        return tuple(tuple(value.shape) if isinstance(value, Tensor) else value for value in vars(self).values())
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
@@ -363,11 +390,49 @@ def schedule(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> 
     return batches
 
 
-def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
-    """Pad on the right; label the completions."""
-    ids = [torch.tensor(e.input_ids) for e in examples]
-    labels = [torch.tensor((IGNORED,) * e.prompt_length + e.input_ids[e.prompt_length :]) for e in examples]
+def collate(groups: Sequence[Sequence[Example]], packed: bool = False) -> Batch:
+    """The rows of each run as one batch; labels are the completions.
+
+    Packed batches are filled up to sizes that come back, so that a CUDA graph serves many.
+    """
+    rows: list[list[Example]] = [list(group) for group in groups] if packed else [[e] for group in groups for e in group]
+    owners = list(range(len(groups))) if packed else [k for k, group in enumerate(groups) for _ in group]
+    lengths = [sum(len(example.input_ids) for example in row) for row in rows]
+    width = _round_up(max(lengths), _TOKENS) if packed else max(lengths)
+    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    positions, starts, places, labels = torch.zeros_like(input_ids), [], [], []
+    for i, row in enumerate(rows):
+        end = 0
+        for example in row:
+            first, length = end, len(example.input_ids)
+            end = first + length
+            input_ids[i, first:end] = torch.tensor(example.input_ids)
+            positions[i, first:end] = torch.arange(length)
+            starts.append(i * width + first)
+            places += range(i * width + first + example.prompt_length - 1, i * width + end - 1)
+            labels += example.input_ids[example.prompt_length :]
+        positions[i, end:] = torch.arange(width - end)
+        starts.append(i * width + end)  # what fills the row up is a document of its own
+    if not packed:
+        columns = sorted({place % width for place in places})
+        return Batch(input_ids, *map(torch.tensor, (places, labels, columns)), tuple(owners), len(groups))
+    columns = sorted({place % width for place in places})
+    columns += [width - 1] * (_round_up(len(columns), _LABELS) - len(columns))
+    fill = _round_up(len(places), _LABELS) - len(places)
+    starts.append(len(rows) * width)
+    longest = max(end - start for start, end in pairwise(starts))
     return Batch(
-        pad_sequence(ids, batch_first=True).to(device),
-        pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(device),
+        input_ids,
+        torch.tensor(places + [len(rows) * width - 1] * fill),  # the last token predicts nothing
+        torch.tensor(labels + [IGNORED] * fill),
+        torch.tensor(columns),
+        tuple(owners),
+        len(groups),
+        positions,
+        torch.tensor(starts, dtype=torch.int32),
+        max(_TOKENS, 1 << (longest - 1).bit_length()),
     )
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,9 +1,11 @@
-"""The training loop. One loop for every device and any number of processes; the base is frozen and never prepared.
+"""The training loop. One loop for every device, any number of processes, and one prefix or several at once.
 
-What is trained is small enough to be one vector, so processes need no wrapper around the model: each runs its share of
-every batch, and the gradients of that one vector, and of a task's head, are added up. The loss is a mean over the labels
+What is trained of a run is small enough to be one vector, so processes need no wrapper around the frozen model: each computes its share
+of every batch, and the gradients of that vector, and of a task's head, are added up. The loss is a mean over the labels
 of the whole batch (completion tokens, rows, words), so the result does not depend on how a batch is split into
-micro-batches or over processes.
+micro-batches or over processes, or on which other runs share it.
+
+Nothing in a step waits for the device: the loss of a step is read when the next one has been launched.
 """
 
 import math
@@ -11,9 +13,11 @@ import random
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -22,16 +26,17 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
-from .anatomy import input_device
-from .attachment import attach
+from .anatomy import input_device, layers_with_sites
+from .attachment import Attachment, attach, can_pack
 from .config import TrainConfig
-from .data import Example, schedule
+from .data import Batch, Example, schedule
 from .errors import ConfigError
 from .prefix import Prefix
 from .reparameterization import Reparameterization
 from .runs import RunFolder
+from .tasks import Task
 
-__all__ = ["Progress", "Trainer"]
+__all__ = ["Progress", "Run", "Trainer"]
 
 
 class Progress(NamedTuple):
@@ -44,161 +49,341 @@ class Progress(NamedTuple):
     held_out_loss: float | None
 
 
-class _State:
-    """What a checkpoint holds besides parameters and optimizer."""
-
-    def __init__(self, best: list[Tensor]) -> None:
-        self.step = 0
-        self.best_step = 0
-        self.best_loss = math.inf
-        self.best = best
-        self.evaluations_since_best = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-
-
-class Trainer:
-    """A prefix in training on one model."""
+class Run:
+    """One prefix in training: its parameters and optimizer, its rows, and how far it is."""
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        loss: Callable[[PreTrainedModel, Sequence[Example]], Tensor],
-        reparameterization: Reparameterization,
+        prefix: Reparameterization,
         config: TrainConfig,
-        accelerator: Accelerator,
-        folder: RunFolder | None,
+        rows: Sequence[Example],
+        held_out: Sequence[Example] = (),
+        folder: RunFolder | None = None,
+        checkpoint: Path | None = None,
+        on_step: Callable[[Progress], None] | None = None,
     ) -> None:
-        self.model, self.loss, self.config, self.accelerator, self.folder = model, loss, config, accelerator, folder
-        self.prefix = reparameterization.to(input_device(model))
-        head = list(self.prefix.head_parameters)
-        own = [parameter for parameter in self.prefix.parameters() if all(parameter is not h for h in head)]
-        groups = [{"params": own, "peak": config.learning_rate}, {"params": head, "peak": config.head_learning_rate}]
-        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
-        self.optimizer = accelerator.prepare(optimizer)
-        self.state = _State(self.prefix.snapshot())
-        accelerator.register_for_checkpointing(self.prefix, self.state)
-        self.own, self.first = own, True  # what is the prefix's, and whether this process has made no step yet
-        self.tracked = config.tracker is not None
-        if self.tracked:
-            accelerator.init_trackers("foreword", config=asdict(config))
+        self.prefix, self.config, self.rows, self.folder, self.on_step = prefix, config, rows, folder, on_step
+        self.held_out = sorted(held_out, key=lambda example: len(example.input_ids))
+        head = list(prefix.head_parameters)
+        self.own = [parameter for parameter in prefix.parameters() if all(parameter is not h for h in head)]
+        groups = [
+            {"params": self.own, "peak": config.learning_rate},
+            {"params": head, "peak": config.head_learning_rate},
+        ]
+        fused = self.own[0].device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], weight_decay=0.0, fused=fused or None
+        )
+        self.step = self.best_step = self.evaluations_since_best = 0
+        self.best_loss, self.best = math.inf, prefix.snapshot()
+        if checkpoint is not None:
+            self._load(checkpoint)
+        self._batches = _endless([len(example.input_ids) for example in rows], config, self.step)
 
-    def best(self) -> Prefix:
+    @property
+    def ended(self) -> bool:
+        """Whether all steps are done, or nothing was learned for too long."""
+        return self.step >= self.config.steps or self.evaluations_since_best >= self.config.patience
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return self.config.learning_rate * (1 - self.step / self.config.steps)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether it is to be evaluated after the step just made."""
+        return bool(self.held_out) and (self.step % self.config.evaluate_every == 0 or self.step == self.config.steps)
+
+    @property
+    def saves(self) -> bool:
+        """Whether a checkpoint is due after the step just made."""
+        return self.folder is not None and (self.step % self.config.checkpoint_every == 0 or self.ended)
+
+    def folded(self) -> Prefix:
         """The best prefix so far, as plain tensors."""
-        return self.prefix.fold(self.state.best)
+        return self.prefix.fold(self.best)
 
-    def run(
-        self, rows: Sequence[Example], held_out: Sequence[Example], on_step: Callable[[Progress], None] | None
-    ) -> float:
-        """Train to the end; returns the seconds it took."""
-        config, state, began = self.config, self.state, time.perf_counter()
-        self._load()
-        batches = _endless([len(example.input_ids) for example in rows], config, state.step)
-        with attach(self.model, self.prefix), _interrupted(self.folder is not None) as interrupted:
-            while state.step < config.steps and state.evaluations_since_best < config.patience:
-                progress = self.step([rows[i] for i in next(batches)])
-                last = state.step == config.steps
-                if held_out and (last or state.step % config.evaluate_every == 0):
-                    progress = progress._replace(held_out_loss=self._evaluate(held_out))
-                elif not held_out and last:
-                    self._keep(math.inf)
-                self._log(progress)
-                if interrupted() or last or state.step % config.checkpoint_every == 0:
-                    self._save()
-                if on_step is not None:
-                    on_step(progress)
-                if interrupted():
-                    raise KeyboardInterrupt
+    def next_rows(self) -> list[Example]:
+        """The rows of the next step."""
+        return [self.rows[i] for i in next(self._batches)]
+
+    def update(self) -> None:
+        """One step of the optimizer, with the gradients that have gathered."""
+        left = 1 - self.step / self.config.steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * left
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+
+    def keep(self, loss: float) -> None:
+        """Remember the prefix if it is the best on the held-out rows; `inf` where there are none."""
+        if loss < self.best_loss or math.isinf(loss):
+            self.best_loss, self.best_step, self.evaluations_since_best = loss, self.step, 0
+            self.best = self.prefix.snapshot()
+        else:
+            self.evaluations_since_best += 1
+
+    _KEPT = ("step", "best_step", "best_loss", "evaluations_since_best", "best")
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        if self.folder is None:
+            return
+        state = {name: getattr(self, name) for name in self._KEPT}
+        state |= {"prefix": self.prefix.state_dict(), "optimizer": self.optimizer.state_dict()}
+        self.folder.save_checkpoint(self.step, lambda path: torch.save(state, Path(path) / "state.pt"))
+
+    def _load(self, checkpoint: Path) -> None:
+        state = torch.load(checkpoint / "state.pt", map_location=self.own[0].device, weights_only=True)
+        self.prefix.load_state_dict(state["prefix"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        vars(self).update({name: state[name] for name in self._KEPT})
         if self.folder is not None:
-            self.folder.draw()
+            self.folder.rewind(self.step)
+
+
+class _Step(NamedTuple):
+    """A step that was launched; its losses may still be on their way."""
+
+    runs: list[Run]
+    losses: Tensor  # [K], summed over labels
+    labels: list[int]
+    tokens: list[int]
+    numbers: list[int]
+    learning_rates: list[float]
+
+
+class Trainer:
+    """Trains prefixes on one model, as many at once as there are runs; their rows share its batches.
+
+    Runs that share batches have the same number of micro-batches, and none has a head, as a model has one at a time.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, task: Task, runs: Sequence[Run], accelerator: Accelerator, at_once: int = 1
+    ) -> None:
+        self.model, self.task, self.runs, self.accelerator, self.at_once = model, task, list(runs), accelerator, at_once
+        self.device = input_device(model)
+        self.checked = False
+        self.graphs = _Graphs() if self.device.type == "cuda" else None
+        self.attachment: Attachment | None = None
+        if self.device.type == "cuda" and not task.has_head:
+            can_pack(model)  # before anything is attached
+        self.tracked = next((run.config.tracker for run in runs), None) is not None
+        if self.tracked:
+            accelerator.init_trackers("foreword", config=asdict(self.runs[0].config))
+
+    def run(self) -> float:
+        """Train all runs to their ends; returns the seconds it took."""
+        began = self.last_report = time.perf_counter()
+        waiting: _Step | None = None
+        catch = any(run.folder is not None for run in self.runs)
+        compiled = any(_wants_compiling(run.config, self.device) for run in self.runs)
+        with self, _interrupted(catch) as interrupted, _compiled(self.model) if compiled else nullcontext():
+            while active := [run for run in self.runs if not run.ended][: self.at_once]:
+                step = self.step(active)
+                if waiting is not None:
+                    self._report(waiting)
+                waiting, stop = step, interrupted()
+                if not stop and not any(run.evaluates or run.saves or run.ended for run in active):
+                    continue
+                self._report(waiting, self._measure(active))
+                waiting = None
+                for run in active:
+                    if run.saves or stop:
+                        run.save()
+                if stop:
+                    raise KeyboardInterrupt
+        for run in self.runs:
+            if run.folder is not None:
+                run.folder.draw()
         if self.tracked:
             self.accelerator.end_training()
         return time.perf_counter() - began
 
-    def step(self, examples: list[Example]) -> Progress:
-        """One optimizer step on one batch, of which this process runs its share."""
-        began = time.perf_counter()
-        accelerator, config, state = self.accelerator, self.config, self.state
-        left = 1 - state.step / config.steps
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * left
-        labels, first = sum(example.units for example in examples), self.first
-        self.first = False
-        losses = torch.zeros((), device=input_device(self.model))
-        parts = _parts(examples, config.micro_batches * accelerator.num_processes)
-        self.optimizer.zero_grad()
-        seed = f"{config.seed} {state.step} {accelerator.process_index}"  # so that training resumes with the same masks
-        dropout = _dropout(self.model, seed) if config.dropout else nullcontext()
-        with dropout, self.prefix.once(lambda gradient: self._sum(gradient) / labels):
-            for part in parts[accelerator.process_index :: accelerator.num_processes]:
-                loss = self.loss(self.model, part)
-                loss.backward()
-                losses += loss.detach()
-        if first:
-            self._check_gradient()
-        self.optimizer.step()
-        state.step += 1
-        loss = float(self._sum(losses)) / labels
-        if not math.isfinite(loss):
-            raise ConfigError(
-                f"The loss became {loss} at step {state.step}. Lower the learning rate (now {config.learning_rate}), "
-                "or train in float32."
-            )
-        tokens = sum(len(e.input_ids) for e in examples)
-        return Progress(state.step, loss, config.learning_rate * left, tokens / (time.perf_counter() - began), None)
+    def __enter__(self) -> "Trainer":
+        self.attachment = attach(self.model, self.runs[0].prefix)
+        self.seen: Any = (id(self.runs[0]),), ()
+        return self
 
-    def _check_gradient(self) -> None:
+    def __exit__(self, *_: Any) -> None:
+        assert self.attachment is not None
+        self.attachment.detach()
+        self.attachment = None
+        if self.graphs is not None:
+            self.graphs.clear()
+
+    def step(self, active: list[Run]) -> _Step:
+        """One optimizer step of each run, of which this process computes its share."""
+        accelerator, config = self.accelerator, active[0].config
+        groups = [run.next_rows() for run in active]
+        labels = [sum(example.units for example in rows) for rows in groups]
+        losses = torch.zeros(len(active), device=self.device)
+        world, rank = accelerator.num_processes, accelerator.process_index
+        seed = f"{config.seed} {active[0].step} {rank}"  # so that training resumes with the same masks
+        with ExitStack() as once:
+            if config.dropout:
+                once.enter_context(_dropout(self.model, seed))
+            for run, count in zip(active, labels, strict=True):
+                once.enter_context(run.prefix.once(lambda gradient, count=count: self._sum(gradient) / count))
+            for part in _parts(groups, config.micro_batches * world)[rank::world]:
+                losses += self._differentiate(active, part)
+        if not self.checked:
+            self._check_gradient(active)
+        rates = [run.learning_rate for run in active]
+        for run in active:
+            run.update()
+        tokens = [sum(len(example.input_ids) for example in rows) for rows in groups]
+        return _Step(active, self._sum(losses), labels, tokens, [run.step for run in active], rates)
+
+    def _differentiate(self, active: list[Run], groups: Sequence[Sequence[Example]]) -> Tensor:
+        """The summed loss of each run's rows; their gradients gather in the runs' prefixes."""
+        batch = self.task.collate(self.model, groups)
+        self._show(active, batch)
+        graphed = isinstance(batch, Batch) and (len(active) == 1 or batch.starts is not None)
+        if self.graphs is None or not graphed or active[0].config.dropout:
+            return self._compute(batch)
+        return self.graphs.run(tuple(map(id, active)), batch, self._compute)
+
+    def _compute(self, batch: Any) -> Tensor:
+        losses = self.task.loss(self.model, batch)
+        losses.sum().backward()
+        return losses.detach()
+
+    def _show(self, active: list[Run], batch: Any) -> None:
+        """Let each row of the batch see the prefix of its run."""
+        assert self.attachment is not None
+        owners = batch.owners if isinstance(batch, Batch) and len(active) > 1 else ()
+        seen = tuple(map(id, active)), owners
+        if seen != self.seen:
+            self.attachment.use([active[owner].prefix for owner in owners] if owners else active[0].prefix)
+            self.seen = seen
+
+    def _check_gradient(self, active: list[Run]) -> None:
         """Kernels made for inference may let no gradient through and say nothing."""
-        if not any(p.grad is not None and bool(p.grad.any()) for p in self.own):
+        self.checked = True
+        if not all(any(p.grad is not None and bool(p.grad.any()) for p in run.own) for run in active):
             raise ConfigError(
                 f"No gradient reaches the prefix through {type(self.model).__name__}, so nothing would be trained. Kernels "
                 "for inference do that, for example those that bitsandbytes uses for 4 bits on CPUs. Load the base in 8 "
                 "bits or unquantized."
             )
 
-    @torch.no_grad()
-    def _evaluate(self, held_out: Sequence[Example]) -> float:
-        """Mean loss per label on the held-out rows; keeps the prefix if it is the best."""
-        rank, world, size = self.accelerator.process_index, self.accelerator.num_processes, self.config.batch_size
-        by_length = sorted(held_out, key=lambda example: len(example.input_ids))
-        batches = [by_length[i : i + size] for i in range(0, len(by_length), size)]
-        total = torch.zeros((), device=input_device(self.model))
-        for batch in batches[rank::world]:
-            total += self.loss(self.model, batch)
-        loss = float(self._sum(total)) / sum(example.units for example in held_out)
-        self._keep(loss)
-        return loss
+    def _measure(self, active: list[Run]) -> dict[int, float]:
+        """Evaluate the runs for which it is time; each keeps its best prefix."""
+        due = [run for run in active if run.evaluates]
+        evaluated = dict(zip(map(id, due), self._evaluate(due), strict=True))
+        for run in active:
+            if id(run) in evaluated:
+                run.keep(evaluated[id(run)])
+            elif not run.held_out and run.ended:
+                run.keep(math.inf)
+        return evaluated
 
-    def _keep(self, loss: float) -> None:
-        state = self.state
-        if loss < state.best_loss or math.isinf(loss):
-            state.best_loss, state.best_step, state.evaluations_since_best = loss, state.step, 0
-            state.best = self.prefix.snapshot()
-        else:
-            state.evaluations_since_best += 1
+    @torch.no_grad()
+    def _evaluate(self, runs: list[Run]) -> list[float]:
+        """For each run the mean loss per label on its held-out rows."""
+        totals, size = [torch.zeros((), device=self.device) for _ in runs], runs[0].config.batch_size if runs else 1
+        longest = max((len(run.held_out) for run in runs), default=0)
+        starts = range(0, longest, size)[self.accelerator.process_index :: self.accelerator.num_processes]
+        with torch.compiler.set_stance("force_eager"):
+            for first in starts:
+                left = [(i, run.held_out[first : first + size]) for i, run in enumerate(runs) if first < len(run.held_out)]
+                own = [runs[i] for i, _ in left]
+                batch = self.task.collate(self.model, [rows for _, rows in left])
+                self._show(own, batch)
+                for (i, _), loss in zip(left, self.task.loss(self.model, batch), strict=True):
+                    totals[i] += loss
+        counts = [sum(example.units for example in run.held_out) for run in runs]
+        return [float(self._sum(total)) / count for total, count in zip(totals, counts, strict=True)]
 
     def _sum(self, tensor: Tensor) -> Tensor:
         return cast(Tensor, self.accelerator.reduce(tensor, "sum"))
 
-    def _log(self, progress: Progress) -> None:
-        values = {key: value for key, value in progress._asdict().items() if value is not None}
-        if self.folder is not None:
-            self.folder.log(values)
-        if self.tracked:
-            self.accelerator.log({k: v for k, v in values.items() if k != "step"}, step=progress.step)
+    def _report(self, step: _Step, evaluated: dict[int, float] | None = None) -> None:
+        """Read the losses of a step and pass them on."""
+        losses = step.losses.tolist()
+        now = time.perf_counter()
+        seconds, self.last_report = now - self.last_report, now
+        for run, loss, labels, tokens, number, rate in zip(
+            step.runs, losses, step.labels, step.tokens, step.numbers, step.learning_rates, strict=True
+        ):
+            progress = Progress(number, loss / labels, rate, tokens / seconds, (evaluated or {}).get(id(run)))
+            if not math.isfinite(loss):
+                raise ConfigError(
+                    f"The loss became {loss} at step {number}. Lower the learning rate (now {run.config.learning_rate}), "
+                    "or train in float32."
+                )
+            values = {key: value for key, value in progress._asdict().items() if value is not None}
+            if run.folder is not None:
+                run.folder.log(values)
+            if self.tracked:
+                self.accelerator.log({k: v for k, v in values.items() if k != "step"}, step=number)
+            if run.on_step is not None:
+                run.on_step(progress)
 
-    def _save(self) -> None:
-        if self.folder is not None:
-            self.folder.save_checkpoint(self.state.step, self.accelerator.save_state)
 
-    def _load(self) -> None:
-        if self.folder is not None and (newest := self.folder.newest_checkpoint()) is not None:
-            self.accelerator.load_state(str(newest))
-            self.folder.rewind(self.state.step)
+class _Graphs:
+    """Forward and backward pass as CUDA graphs, one for each shape of batch that comes more than once."""
+
+    def __init__(self) -> None:
+        self._met: set[Any] = set()
+        self._captured: dict[Any, tuple[Batch, torch.cuda.CUDAGraph, Tensor]] = {}
+        self._works = True
+
+    def run(self, runs: tuple[int, ...], batch: Batch, compute: Callable[[Batch], Tensor]) -> Tensor:
+        """What `compute` returns for the batch; the first time a shape comes, by calling it."""
+        key = runs, batch.shape
+        if key not in self._met or not self._works:
+            self._met.add(key)
+            return compute(batch)
+        if key not in self._captured and not self._capture(key, batch, compute):
+            return compute(batch)
+        own, graph, losses = self._captured[key]
+        for name, value in vars(batch).items():
+            if isinstance(value, Tensor) and value is not getattr(own, name):
+                getattr(own, name).copy_(value)
+        graph.replay()
+        return losses.clone()
+
+    def _capture(self, key: Any, batch: Batch, compute: Callable[[Batch], Tensor]) -> bool:
+        graph = torch.cuda.CUDAGraph()
+        pool = next((other.pool() for _, other, _ in self._captured.values()), None)  # they never run at the same time
+        try:
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                losses = compute(batch)
+        except RuntimeError as error:  # the model waits for the device somewhere
+            warnings.warn(f"Steps are not captured as CUDA graphs, so they are slower: {error}", stacklevel=2)
+            self._works = False
+            return False
+        self._captured[key] = batch, graph, losses
+        return True
+
+    def clear(self) -> None:
+        """Give their memory back."""
+        self._captured.clear()
+
+
+@contextmanager
+def _compiled(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model's layers are compiled, each as one graph that all share."""
+    layers = [layer for _, layer in layers_with_sites(model)]
+    before = [layer._compiled_call_impl for layer in layers]
+    for layer in layers:
+        layer.compile()
+    try:
+        yield
+    finally:
+        for layer, call in zip(layers, before, strict=True):
+            layer._compiled_call_impl = call
+
+
+def _wants_compiling(config: TrainConfig, device: torch.device) -> bool:
+    if config.compile is None:
+        return device.type == "cuda" and config.steps >= 1000
+    return config.compile
 
 
 def _endless(lengths: Sequence[int], config: TrainConfig, first: int) -> Iterator[list[int]]:
@@ -211,9 +396,9 @@ def _endless(lengths: Sequence[int], config: TrainConfig, first: int) -> Iterato
         epoch += 1
 
 
-def _parts(examples: Sequence[Example], count: int) -> list[Sequence[Example]]:
-    """The rows in `count` parts of nearly equal size, without empty ones."""
-    return [part for i in range(count) if (part := examples[i::count])]
+def _parts(groups: Sequence[Sequence[Example]], count: int) -> list[list[Sequence[Example]]]:
+    """The rows of each run in `count` parts of nearly equal size, without parts that are empty for all."""
+    return [part for i in range(count) if any(part := [rows[i::count] for rows in groups])]
 
 
 @contextmanager

@@ -41,7 +41,8 @@ class Reparameterization(nn.Module):
         self._shapes = [[None if t is None else t.shape for t in entry] for entry in start.tensors()]
         self._kinds = {kind: [i for i, s in enumerate(self.sites) if s.kind == kind] for kind in start.lengths}
         self.first = int(config.freezes_first)
-        self._leaf: Tensor | None = None
+        self._leaf: Tensor | None = None  # what the model sees during a step
+        self._seen: Tensor | None = None  # its memory
         tensors = start.tensors()
         matrices = {
             kind: torch.cat([t.detach().float().flatten(1) for i in own for t in tensors[i] if t is not None], 1)
@@ -84,10 +85,18 @@ class Reparameterization(nn.Module):
         does what it makes of the head's gradients.
         """
         vector = self.vector()
-        self._leaf = vector.detach().requires_grad_()
+        with torch.no_grad():
+            if self._seen is None or self._seen.device != vector.device:
+                self._seen = vector.detach().clone().requires_grad_()
+                self._seen.grad = torch.zeros_like(vector)
+            else:  # in the same memory, where a CUDA graph finds it
+                self._seen.copy_(vector)
+        gradient = self._seen.grad
+        assert gradient is not None
+        gradient.zero_()
+        self._leaf = self._seen
         try:
             yield
-            gradient = torch.zeros_like(self._leaf) if self._leaf.grad is None else self._leaf.grad
         finally:
             self._leaf = None
         vector.backward(reduce(gradient))

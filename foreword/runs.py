@@ -16,7 +16,9 @@ from typing import Any
 
 from .errors import ConfigError
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "newest_checkpoint", "start_file"]
+
+_START = "start.safetensors"
 
 
 class RunFolder:
@@ -40,7 +42,7 @@ class RunFolder:
         self._config_file = self.path / "config.json"
         self._metrics_file = self.path / "metrics.jsonl"
         self._checkpoints = self.path / "checkpoints"
-        self.start_file = self.path / "start.safetensors"
+        self.start_file = self.path / _START
         config = json.loads(json.dumps(config))  # as it will read back
         if resume and overwrite:
             raise ConfigError("resume and overwrite contradict each other: go on with the earlier run, or delete it.")
@@ -86,10 +88,6 @@ class RunFolder:
             if old != target:
                 shutil.rmtree(old)
 
-    def newest_checkpoint(self) -> Path | None:
-        """The folder of the newest whole checkpoint."""
-        return max(self._checkpoints.glob("step-*"), default=None)
-
     # metrics
 
     def log(self, values: dict[str, int | float]) -> None:
@@ -132,6 +130,16 @@ class RunFolder:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
         figure.savefig(self.path / "loss.png", dpi=130)
+
+
+def newest_checkpoint(run: str | Path) -> Path | None:
+    """The newest whole checkpoint in a run folder."""
+    return max((Path(run) / "checkpoints").glob("step-*"), default=None)
+
+
+def start_file(checkpoint: Path) -> Path:
+    """The prefix that the run of a checkpoint started from."""
+    return checkpoint.parent.parent / _START
 
 
 def _write(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -37,7 +38,8 @@ class Task:
         labels: all labels of some rows, where the head has one output a label.
         about: what a prefix keeps in its file, from model and tokenizer, to encode and answer rows later.
         encode: rows to token ids with labels, given `about`.
-        loss: the summed loss of some rows.
+        collate: the rows of each run that shares a batch, as `loss` takes them; a task with a head has one run.
+        loss: the summed loss of each run's rows.
         options: how to answer when measuring.
         answer: the answers to rows.
         measure: figures of answers, and details.
@@ -55,7 +57,8 @@ class Task:
     labels: Callable[[Sequence[Any]], list[str]] | None
     about: Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, Any]]
     encode: Callable[..., tuple[list[Example], list[str]]]
-    loss: Callable[[PreTrainedModel, Sequence[Example]], Tensor]
+    collate: Callable[[PreTrainedModel, Sequence[Sequence[Example]]], Any]
+    loss: Callable[[PreTrainedModel, Any], Tensor]
     options: Callable[[Sequence[Any], PreTrainedTokenizerBase, Prefix, int | None], dict[str, Any]]
     answer: Callable[..., list[Any]]
     measure: Callable[[Sequence[Any], Sequence[Any]], tuple[dict[str, float], dict[str, Any]]]
@@ -80,7 +83,8 @@ def _head(module: Any, model_class: str, **own: Any) -> Task:
         compare=(),
         row=module.row,
         encode=module.encode,
-        loss=module.loss,
+        collate=lambda model, groups: groups,
+        loss=lambda model, groups: torch.stack([module.loss(model, examples) for examples in groups]),
         options=lambda rows, tokenizer, prefix, max_new_tokens: {"max_new_tokens": max_new_tokens},
         answer=partial(answer_with_head, module.encode, module.decode),
         measure=module.measure,
@@ -102,6 +106,7 @@ TASKS = {
         labels=None,
         about=completion.about,
         encode=completion.encode,
+        collate=completion.collate,
         loss=completion.loss,
         options=completion.options,
         answer=completion.answer,

@@ -18,10 +18,10 @@ from .data import Data, Example, schedule
 from .errors import ConfigError, DataError
 from .heads import head_tensors
 from .initialization import initialize
-from .loop import Progress, Trainer
+from .loop import Progress, Run, Trainer
 from .prefix import Prefix
 from .reparameterization import Reparameterization
-from .runs import RunFolder
+from .runs import RunFolder, newest_checkpoint, start_file
 from .store import load, save
 from .tasks import TASKS, check_model, read
 
@@ -84,19 +84,22 @@ def train(
     _check_tracker(config.tracker)
     about = task.about(model, tokenizer)
     rows, held_out_rows, skipped = _examples(model, tokenizer, data, held_out, prefix, config, about)
-    accelerator = Accelerator(cpu=input_device(model).type == "cpu", log_with=config.tracker, project_dir=run)
+    device = input_device(model)
+    accelerator = Accelerator(cpu=device.type == "cpu", log_with=config.tracker, project_dir=run)
     asked = {"prefix": asdict(prefix), "train": asdict(config), "data": _digest([*rows, *held_out_rows])}
+    if resume and run is None:
+        raise ConfigError("resume needs the run folder of the run to go on with.")
     folder = None
     if run is not None and accelerator.is_main_process:
         folder = RunFolder(run, asked, resume=resume, overwrite=overwrite)
-    elif resume:
-        raise ConfigError("resume needs the run folder of the run to go on with.")
+    accelerator.wait_for_everyone()
+    checkpoint = newest_checkpoint(run) if run is not None and resume else None
     with _frozen(model):
-        start = _start(model, tokenizer, rows, prefix, config, folder)
-        reparameterization = Reparameterization(start, prefix, config.seed)
-        trainer = Trainer(model, task.loss, reparameterization, config, accelerator, folder)
-        seconds = trainer.run(rows, held_out_rows, on_step)
-    result = trainer.best()
+        start = _start(model, tokenizer, rows, prefix, config, folder, checkpoint)
+        reparameterization = Reparameterization(start, prefix, config.seed).to(device)
+        running = Run(reparameterization, config, rows, held_out_rows, folder, checkpoint, on_step)
+        seconds = Trainer(model, task, [running], accelerator).run()
+    result = running.folded()
     result.metadata |= {"task": config.task} | about
     result.metadata |= {
         "training": asked
@@ -104,9 +107,9 @@ def train(
             "rows": len(rows),
             "held_out_rows": len(held_out_rows),
             "skipped_rows": skipped,
-            "steps": trainer.state.step,
-            "best_step": trainer.state.best_step,
-            "held_out_loss": trainer.state.best_loss if held_out_rows else None,
+            "steps": running.step,
+            "best_step": running.best_step,
+            "held_out_loss": running.best_loss if held_out_rows else None,
             "seconds": round(seconds, 1),
             "precision": str(model.dtype).removeprefix("torch."),
         },
@@ -164,9 +167,17 @@ def _digest(examples: Sequence[Example]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _start(model, tokenizer, rows: Sequence[Example], prefix: PrefixConfig, config: TrainConfig, folder) -> Prefix:
-    if folder is not None and folder.newest_checkpoint() is not None:
-        return load(folder.start_file)
+def _start(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Example],
+    prefix: PrefixConfig,
+    config: TrainConfig,
+    folder: RunFolder | None,
+    checkpoint: Path | None,
+) -> Prefix:
+    if checkpoint is not None:
+        return load(start_file(checkpoint))
     start = initialize(model, tokenizer, rows, prefix, config.seed)
     if TASKS[config.task].has_head:
         start = start.with_head(head_tensors(model))

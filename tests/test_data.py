@@ -111,15 +111,31 @@ def test_template_that_refuses_is_an_error(tokenizer):
         prompt_ids(rows[0], tokenizer, "{{ raise_exception('no users') }}")
 
 
-def test_batch_is_padded_on_the_right_and_labelled(tokenizer):
-    examples, _ = encode(read_rows([ROWS[0], {"prompt": "a", "completion": "b"}])[0], tokenizer, None, 100)
-    batch = collate(examples)
-    for i, example in enumerate(examples):
-        length = len(example.input_ids)
-        assert batch.input_ids[i, :length].tolist() == list(example.input_ids)
-        labelled = batch.labels[i] != IGNORED
-        assert labelled.nonzero().squeeze(-1).tolist() == list(range(example.prompt_length, length))
-        assert torch.equal(batch.labels[i][labelled], batch.input_ids[i][labelled])
+@pytest.mark.parametrize("packed", [False, True])
+def test_batch_holds_each_row_and_predicts_its_completion(tokenizer, packed):
+    examples, _ = encode(read_rows([ROWS[0], {"prompt": "a", "completion": "b"}, ROWS[1]])[0], tokenizer, None, 100)
+    groups = [examples[:2], examples[2:]]
+    batch = collate(groups, packed)
+    width = batch.input_ids.shape[1]
+    owners, flat = torch.tensor(batch.owners).repeat_interleave(width), batch.input_ids.flatten()
+    real = batch.labels != IGNORED
+    assert torch.equal(flat[batch.places[real] + 1], batch.labels[real])
+    for run, group in enumerate(groups):
+        expected = [token for example in group for token in example.input_ids[example.prompt_length :]]
+        assert batch.labels[real][owners[batch.places[real]] == run].tolist() == expected
+    assert set(batch.columns.tolist()) >= set((batch.places % width).tolist())
+    if packed:
+        assert batch.starts is not None
+        assert batch.position_ids is not None
+        documents = [flat[a:b].tolist() for a, b in itertools.pairwise(batch.starts.tolist())]
+        assert all(list(example.input_ids) in documents for example in examples)
+        assert max(map(len, documents)) <= batch.longest
+        starts = (batch.position_ids.flatten() == 0).nonzero().squeeze(-1)
+        assert set(starts.tolist()) == set(batch.starts.tolist()) - {flat.numel()}
+    else:
+        assert [row[: len(e.input_ids)] for row, e in zip(batch.input_ids.tolist(), examples, strict=True)] == [
+            list(example.input_ids) for example in examples
+        ]
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=200), st.integers(1, 9), st.integers(0, 3), st.integers(0, 3))

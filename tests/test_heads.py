@@ -85,9 +85,9 @@ def test_prefix_and_head_learn_and_the_file_answers_alike(family, task, tmp_path
     )
     assert one == few  # however the rows are padded
     with attach(model, prefix), torch.no_grad():
-        trained = sum(TASKS[task].loss(model, examples_of(model, tokenizer, task, 4)[i : i + 1]) for i in range(4))
+        trained = sum(TASKS[task].loss(model, [examples_of(model, tokenizer, task, 4)[i : i + 1]]).sum() for i in range(4))
     with attach(other, loaded), torch.no_grad():
-        torch.testing.assert_close(TASKS[task].loss(other, examples_of(other, tokenizer, task)), trained)
+        torch.testing.assert_close(TASKS[task].loss(other, [examples_of(other, tokenizer, task)]).sum(), trained)
 
 
 @pytest.mark.parametrize("task", EACH_TASK)
@@ -97,8 +97,8 @@ def test_loss_is_a_sum_over_rows_and_every_tensor_gets_a_gradient(family, task):
     examples = examples_of(model, tokenizer, task, 5)
     prefix = random_with_head(model)
     with attach(model, prefix):
-        whole = TASKS[task].loss(model, examples)
-        torch.testing.assert_close(whole, sum(TASKS[task].loss(model, [example]) for example in examples))
+        whole = TASKS[task].loss(model, [examples]).sum()
+        torch.testing.assert_close(whole, sum(TASKS[task].loss(model, [[example]]).sum() for example in examples))
         whole.backward()
     assert all(gradient.abs().sum() > 0 for gradient in gradients_of(prefix))
 
@@ -114,7 +114,7 @@ def test_loss_is_that_of_the_model_itself(task):
             given = {"start_positions": labels[:, 0], "end_positions": labels[:, 1]}
         types = {} if example.token_types is None else {"token_type_ids": torch.tensor([example.token_types])}
         expected = model(input_ids=torch.tensor([example.input_ids]), **types, **given).loss
-        found = TASKS[task].loss(model, [example]) / example.units
+        found = TASKS[task].loss(model, [[example]]).sum() / example.units
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -68,8 +68,8 @@ def test_every_start_can_be_trained_on(model, tokenizer, examples, initializatio
     prefix = initialize(model, tokenizer, examples, config).double()
     assert prefix.num_virtual_tokens == 4
     with attach(model, prefix):
-        loss = completion_loss(model, collate(examples[:3]))
-    loss.backward()
+        loss = completion_loss(model, collate([examples[:3]]))
+    loss.sum().backward()
     assert any(gradient.abs().sum() > 0 for gradient in gradients_of(prefix))
 
 

@@ -45,7 +45,7 @@ def test_loss_is_that_of_the_completion_tokens_alone(model, tokenizer):
         cross_entropy(model(torch.tensor([e.input_ids])).logits[0, e.prompt_length - 1 : -1], torch.tensor(e.input_ids[e.prompt_length :]), reduction="sum")
         for e in examples
     )  # fmt: skip
-    torch.testing.assert_close(completion_loss(model, collate(examples)), summed)
+    torch.testing.assert_close(completion_loss(model, collate([examples])).sum(), summed)
 
 
 def test_first_virtual_token_from_text_stays_and_the_others_move(llama, tokenizer):
