@@ -107,7 +107,9 @@ def completion_loss(model: PreTrainedModel, batch: Batch) -> Float[Tensor, " K"]
     if batch.runs == 1:
         return losses.sum()[None]
     by_row = losses.new_zeros(len(batch.owners)).index_add(0, batch.places // width, losses)
-    return torch.stack([by_row[[i for i, owner in enumerate(batch.owners) if owner == run]].sum() for run in range(batch.runs)])
+    return torch.stack(
+        [by_row[[i for i, owner in enumerate(batch.owners) if owner == run]].sum() for run in range(batch.runs)]
+    )
 
 
 _finishes: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()  # whether a model changes what its head puts out

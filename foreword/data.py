@@ -37,7 +37,7 @@ __all__ = [
 AnyRow = TypeVar("AnyRow")
 IGNORED = -100  # the label of a token that carries no loss
 _BUCKET_BATCHES = 16  # rows are sorted by length within this many batches
-_TOKENS, _LABELS = 256, 256  # to whose multiples packed batches are filled up
+_SMALLEST = 64  # to multiples of so many tokens, or of a sixteenth, packed batches are filled up
 
 
 @dataclass(frozen=True)
@@ -395,10 +395,12 @@ def collate(groups: Sequence[Sequence[Example]], packed: bool = False) -> Batch:
 
     Packed batches are filled up to sizes that come back, so that a CUDA graph serves many.
     """
-    rows: list[list[Example]] = [list(group) for group in groups] if packed else [[e] for group in groups for e in group]
+    rows: list[list[Example]] = (
+        [list(group) for group in groups] if packed else [[e] for group in groups for e in group]
+    )
     owners = list(range(len(groups))) if packed else [k for k, group in enumerate(groups) for _ in group]
     lengths = [sum(len(example.input_ids) for example in row) for row in rows]
-    width = _round_up(max(lengths), _TOKENS) if packed else max(lengths)
+    width = _round_up(max(lengths)) if packed else max(lengths)
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)
     positions, starts, places, labels = torch.zeros_like(input_ids), [], [], []
     for i, row in enumerate(rows):
@@ -416,23 +418,22 @@ def collate(groups: Sequence[Sequence[Example]], packed: bool = False) -> Batch:
     if not packed:
         columns = sorted({place % width for place in places})
         return Batch(input_ids, *map(torch.tensor, (places, labels, columns)), tuple(owners), len(groups))
-    columns = sorted({place % width for place in places})
-    columns += [width - 1] * (_round_up(len(columns), _LABELS) - len(columns))
-    fill = _round_up(len(places), _LABELS) - len(places)
+    places += [len(rows) * width - 1] * (_round_up(len(places)) - len(places))  # the last token predicts nothing
+    labels += [IGNORED] * (len(places) - len(labels))
+    columns = places if len(rows) == 1 else sorted(place % width for place in places)
     starts.append(len(rows) * width)
     longest = max(end - start for start, end in pairwise(starts))
     return Batch(
         input_ids,
-        torch.tensor(places + [len(rows) * width - 1] * fill),  # the last token predicts nothing
-        torch.tensor(labels + [IGNORED] * fill),
-        torch.tensor(columns),
+        *map(torch.tensor, (places, labels, columns)),
         tuple(owners),
         len(groups),
         positions,
         torch.tensor(starts, dtype=torch.int32),
-        max(_TOKENS, 1 << (longest - 1).bit_length()),
+        max(128, 1 << (longest - 1).bit_length()),
     )
 
 
-def _round_up(number: int, multiple: int) -> int:
+def _round_up(number: int) -> int:
+    multiple = max(_SMALLEST, 1 << max(0, number.bit_length() - 5))
     return -(-number // multiple) * multiple

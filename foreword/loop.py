@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -169,6 +169,7 @@ class Trainer:
         self.checked = False
         self.graphs = _Graphs() if self.device.type == "cuda" else None
         self.attachment: Attachment | None = None
+        self.inside = ExitStack()  # what is undone after training
         if self.device.type == "cuda" and not task.has_head:
             can_pack(model)  # before anything is attached
         self.tracked = next((run.config.tracker for run in runs), None) is not None
@@ -177,11 +178,10 @@ class Trainer:
 
     def run(self) -> float:
         """Train all runs to their ends; returns the seconds it took."""
-        began = self.last_report = time.perf_counter()
+        began = time.perf_counter()
         waiting: _Step | None = None
         catch = any(run.folder is not None for run in self.runs)
-        compiled = any(_wants_compiling(run.config, self.device) for run in self.runs)
-        with self, _interrupted(catch) as interrupted, _compiled(self.model) if compiled else nullcontext():
+        with self, _interrupted(catch) as interrupted:
             while active := [run for run in self.runs if not run.ended][: self.at_once]:
                 step = self.step(active)
                 if waiting is not None:
@@ -206,12 +206,16 @@ class Trainer:
     def __enter__(self) -> "Trainer":
         self.attachment = attach(self.model, self.runs[0].prefix)
         self.seen: Any = (id(self.runs[0]),), ()
+        self.last_report = time.perf_counter()
+        if any(_wants_compiling(run.config, self.device) for run in self.runs):
+            self.inside.enter_context(_compiled(self.model))
         return self
 
     def __exit__(self, *_: Any) -> None:
         assert self.attachment is not None
         self.attachment.detach()
         self.attachment = None
+        self.inside.close()
         if self.graphs is not None:
             self.graphs.clear()
 
@@ -290,7 +294,9 @@ class Trainer:
         starts = range(0, longest, size)[self.accelerator.process_index :: self.accelerator.num_processes]
         with torch.compiler.set_stance("force_eager"):
             for first in starts:
-                left = [(i, run.held_out[first : first + size]) for i, run in enumerate(runs) if first < len(run.held_out)]
+                left = [
+                    (i, run.held_out[first : first + size]) for i, run in enumerate(runs) if first < len(run.held_out)
+                ]
                 own = [runs[i] for i, _ in left]
                 batch = self.task.collate(self.model, [rows for _, rows in left])
                 self._show(own, batch)

@@ -76,7 +76,9 @@ class _HeadCrossEntropy(torch.autograd.Function):
             logits = linear(own, weight, bias)
             losses.append(_replace(logits, label, ignored, differentiates))
             if differentiates:
-                torch.mm(logits, weight, out=own)  # in the place of the hidden states, which were needed for nothing else
+                torch.mm(
+                    logits, weight, out=own
+                )  # in the place of the hidden states, which were needed for nothing else
         if differentiates:
             ctx.save_for_backward(rows, places)
             ctx.length = len(hidden)

@@ -66,9 +66,13 @@ def token_kernel(query: Tensor, how: Tokens) -> Kernel:
         return _ONE_TOKEN
     if how.mask is not None or query.dtype == torch.float32:
         return _EFFICIENT
-    # Measured on an H100: cuDNN takes two thirds of flash's time, forward and backward.
-    newest = torch.cuda.get_device_capability(query.device)[0] >= 9 and torch.backends.cudnn.is_available()
-    return _CUDNN if newest else _FLASH
+    return _CUDNN if _prefers_cudnn(query.device.index or 0) else _FLASH
+
+
+@torch.compiler.assume_constant_result
+def _prefers_cudnn(device: int) -> bool:
+    """On an H100 cuDNN takes two thirds of flash's time, forward and backward."""
+    return torch.cuda.get_device_capability(device)[0] >= 9 and torch.backends.cudnn.is_available()
 
 
 def lse_dtype(query: Tensor) -> torch.dtype:
@@ -131,7 +135,21 @@ def _flash_forward(query, key, value, how: Tokens):
 def _flash_backward(grad, query, key, value, output, lse, how: Tokens, context):
     cum_q, cum_k, max_q, max_k, seed, offset = context
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        grad, query, key, value, output, lse, cum_q, cum_k, max_q, max_k, 0.0, how.is_causal, seed, offset, scale=how.scale
+        grad,
+        query,
+        key,
+        value,
+        output,
+        lse,
+        cum_q,
+        cum_k,
+        max_q,
+        max_k,
+        0.0,
+        how.is_causal,
+        seed,
+        offset,
+        scale=how.scale,
     )
 
 
@@ -140,7 +158,13 @@ _FLASH = Kernel(_flash_forward, _flash_backward)
 
 def _efficient_forward(query, key, value, how: Tokens):
     output, lse, *context = torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, *_for_each_head(query, key, value), _aligned(how.mask, query, key), True, 0.0, how.is_causal, scale=how.scale
+        query,
+        *_for_each_head(query, key, value),
+        _aligned(how.mask, query, key),
+        True,
+        0.0,
+        how.is_causal,
+        scale=how.scale,
     )
     return output, lse[..., : query.shape[2]], tuple(context)
 

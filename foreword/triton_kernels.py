@@ -48,7 +48,11 @@ def _forward(
         owner = tl.load(OWNER + b)
     at = rows.to(tl.int64)[:, None]
     q = tl.load(Q + b * sqb + h * sqh + at * sqt + dims[None, :], mask=real[:, None] & (dims < D)[None, :], other=0.0)
-    top, mass, acc = tl.full((BT,), float("-inf"), tl.float32), tl.zeros((BT,), tl.float32), tl.zeros((BT, BE), tl.float32)
+    top, mass, acc = (
+        tl.full((BT,), float("-inf"), tl.float32),
+        tl.zeros((BT,), tl.float32),
+        tl.zeros((BT, BE), tl.float32),
+    )
     for start in range(0, tl.where(owner < 0, 0, P), BP):
         cols = start + tl.arange(0, BP)
         s, _ = _scores(
@@ -188,6 +192,7 @@ def _strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
     return (0,) * count if tensor is None else tensor.stride()[:count]
 
 
+@torch.library.custom_op("foreword::merge_prefix", mutates_args=())
 def merge_prefix(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, owner: Tensor | None, output: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -216,16 +221,19 @@ def merge_prefix(
     return merged, total
 
 
-def merge_prefix_backward(
+@merge_prefix.register_fake
+def _(query, key, value, bias, owner, output, lse, scale):
+    b, h, t, _ = query.shape
+    return output.new_empty(b, t, h, value.shape[-1]).transpose(1, 2), torch.empty_strided(
+        lse.shape, lse.stride(), dtype=lse.dtype, device=lse.device
+    )
+
+
+@torch.library.custom_op("foreword::merge_prefix_backward", mutates_args={"grad_query"})
+def _merge_prefix_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, owner: Tensor | None,
     groups: Tensor | None, output: Tensor, lse: Tensor, grad_query: Tensor, scale: float,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """The gradients of keys, values and bias; the prefix's part is added to `grad_query` in place.
-
-    Args:
-        groups: `[K, R]`, the rows that see each prefix, filled up with -1; `None`: all see the only one.
-        output, lse: merged.
-    """
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     b, h, t, d = query.shape
     k, p, g, e = value.shape
     blocks = _blocks(t, p, d, e)
@@ -250,9 +258,30 @@ def merge_prefix_backward(
         *_strides(query, 3), *prefix_strides, *_strides(lse, 3), *_strides(grad, 3),
         HAS_BIAS=bias is not None, HAS_GROUPS=groups is not None, **blocks,
     )  # fmt: skip
-    sums = [None if part is None else part.sum(0) for part in (grad_key, grad_value, grad_bias)]
-    kept = [None if s is None else s.to(like.dtype) for s, like in zip(sums, (key, value, bias), strict=True)]
-    return kept[0], kept[1], kept[2]  # pyright: ignore[reportReturnType]
+    summed_bias = key.new_empty(0) if grad_bias is None or bias is None else grad_bias.sum(0).to(bias.dtype)
+    return grad_key.sum(0).to(key.dtype), grad_value.sum(0).to(value.dtype), summed_bias
+
+
+@_merge_prefix_backward.register_fake
+def _(grad, query, key, value, bias, owner, groups, output, lse, grad_query, scale):
+    shapes = key.shape, value.shape, (0,) if bias is None else bias.shape
+    return tuple(key.new_empty(shape) for shape in shapes)
+
+
+def merge_prefix_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, owner: Tensor | None,
+    groups: Tensor | None, output: Tensor, lse: Tensor, grad_query: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """The gradients of keys, values and bias; the prefix's part is added to `grad_query` in place.
+
+    Args:
+        groups: `[K, R]`, the rows that see each prefix, filled up with -1; `None`: all see the only one.
+        output, lse: merged.
+    """
+    grad_key, grad_value, grad_bias = _merge_prefix_backward(
+        grad, query, key, value, bias, owner, groups, output, lse, grad_query, scale
+    )
+    return grad_key, grad_value, None if bias is None else grad_bias
 
 
 # ------------------------------------------------------------------------------------------------------------- loss

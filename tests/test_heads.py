@@ -85,7 +85,9 @@ def test_prefix_and_head_learn_and_the_file_answers_alike(family, task, tmp_path
     )
     assert one == few  # however the rows are padded
     with attach(model, prefix), torch.no_grad():
-        trained = sum(TASKS[task].loss(model, [examples_of(model, tokenizer, task, 4)[i : i + 1]]).sum() for i in range(4))
+        trained = sum(
+            TASKS[task].loss(model, [examples_of(model, tokenizer, task, 4)[i : i + 1]]).sum() for i in range(4)
+        )
     with attach(other, loaded), torch.no_grad():
         torch.testing.assert_close(TASKS[task].loss(other, [examples_of(other, tokenizer, task)]).sum(), trained)
 

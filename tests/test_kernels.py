@@ -62,7 +62,11 @@ def build(case):
         mask[..., 0] |= ~mask.any(-1)  # every query sees a token, as in the models; see below for those that do not
         if case["mask"] == "additive":
             mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
-    return (query, key, value, prefixes), entries, {"scale": dim**-0.5, "mask": mask, "is_causal": case["mask"] == "causal"}
+    return (
+        (query, key, value, prefixes),
+        entries,
+        {"scale": dim**-0.5, "mask": mask, "is_causal": case["mask"] == "causal"},
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -71,7 +75,9 @@ def test_merged_equals_concatenated_with_all_gradients(case):
     arguments, entries, options = build(case)
     tensors = [*arguments[:3], *(tensor for entry in entries for tensor in entry if tensor is not None)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_SHORT", 2 if case["long"] else 128)  # virtual tokens beyond which a fused kernel is taken
+        patch.setattr(
+            kernels, "_SHORT", 2 if case["long"] else 128
+        )  # virtual tokens beyond which a fused kernel is taken
         merged, expected = merged_attention(*arguments, **options), reference(*arguments, **options)
         torch.testing.assert_close(merged, expected, rtol=1e-10, atol=1e-10)
         upstream = torch.randn(merged.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
