@@ -165,13 +165,9 @@ class Source:
         if config is None:
             precision: Any = case.precision
             return load_base(self.model, precision=precision, device=str(self.device)).model
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(getattr(torch, case.precision))
-        try:
-            with self.device:
-                return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-        finally:
-            torch.set_default_dtype(before)
+        with self.device:
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.precision))
+        return model.eval().requires_grad_(False)
 
     def batches(self, case: Case) -> tuple[list[Example], list[list[list[Example]]]]:
         """The rows, and batch after batch for each run."""
@@ -349,7 +345,9 @@ def main() -> None:
     parser.add_argument("--cases", help="only those whose name contains this")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=1, help="steps a round")
-    parser.add_argument("--warm", type=int, default=2, help="steps before the first round, for compiling and capturing")
+    parser.add_argument(
+        "--warm", type=int, default=2, metavar="N", help="steps before the first round, for compiling and capturing"
+    )
     parser.add_argument("--compile", action="store_true", help="compile the layers, as `foreword train --compile` does")
     parser.add_argument("--out", type=Path, help="a folder for the figures as JSON and their plot")
     options = parser.parse_args()

@@ -248,12 +248,12 @@ class Attachment:
             positions = _positions(given, length, tokens.device) + stack.first_position
         positions = positions + offset
         limit = stack.position_limit
-        if limit is not None and (last is None or last + max(offsets, default=0) > limit):
-            if (last := int(positions.max()) - stack.first_position) >= limit:
-                raise PositionError(
-                    f"Prefix and text need position {last}, but {type(self.model).__name__} has learned positions up to "
-                    f"{limit - 1}. Shorten the text to {limit - max(offsets, default=0)} tokens or the prefix."
-                )
+        known = limit is None or (last is not None and last + max(offsets, default=0) <= limit)
+        if limit is not None and not known and (last := int(positions.max()) - stack.first_position) >= limit:
+            raise PositionError(
+                f"Prefix and text need position {last}, but {type(self.model).__name__} has learned positions up to "
+                f"{limit - 1}. Shorten the text to {limit - max(offsets, default=0)} tokens or the prefix."
+            )
         where = parameters.index("position_ids")
         if where < len(args):
             return (*args[:where], positions, *args[where + 1 :]), kwargs
@@ -327,17 +327,8 @@ class Attachment:
         query, own_key, own_value = tokens
         prefixes = seen.like(query, own_value)
         scale = options.get("scaling") or query.shape[-1] ** -0.5
-        if (starts := options.get("cu_seq_lens_q")) is not None:  # Transformers' name for where packed documents start
-            if not (plain and has_token_kernel(query, own_value, None, packed=True)):
-                raise UnsupportedModelError(
-                    f"{self._name(call)} cannot attend inside packed documents on {query.device.type} in {query.dtype}. "
-                    "Give the documents as rows of a padded batch."
-                )
-            output = merged_attention(
-                query, own_key, own_value, prefixes, scale=scale,
-                packing=Packing(starts, options["max_length_q"]), window=options.get("sliding_window"),
-            )  # fmt: skip
-            return output.transpose(1, 2).contiguous(), None
+        if (longest := options.get("max_length_q")) is not None:  # Transformers' names for packed documents
+            return self._attend_inside_documents(call, query, own_key, own_value, prefixes, scale, longest), None
         if plain and has_token_kernel(query, own_value, call.mask):
             output = merged_attention(
                 query, own_key, own_value, prefixes, scale=scale, mask=call.mask, is_causal=call.is_causal
@@ -350,6 +341,33 @@ class Attachment:
             new = key.shape[2] - length
             changes = {"position_bias": pad(position_bias[..., :length], (new, 0))}
         return call.run(query=query, key=key, value=value, mask=mask, **changes)
+
+    def _attend_inside_documents(
+        self,
+        call: AttentionCall,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prefixes: Prefixes,
+        scale: float,
+        longest: int,
+    ) -> Tensor:
+        """Causal attention inside packed documents, or where there are none marked, inside whole rows."""
+        starts, window = call.options.get("cu_seq_lens_q"), call.options.get("sliding_window")
+        window = None if window is None or window >= longest else window
+        if starts is None and window is not None:  # kernels for whole rows know no windows
+            starts = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device) * longest
+        plain = call.implementation == "sdpa" and call.is_plain
+        if not (plain and has_token_kernel(query, value, None, packed=starts is not None)):
+            raise UnsupportedModelError(
+                f"{self._name(call)} cannot attend inside packed documents on {query.device.type} in {query.dtype}. "
+                "Give the documents as rows of a padded batch."
+            )
+        packing = None if starts is None else Packing(starts, longest)
+        output = merged_attention(
+            query, key, value, prefixes, scale=scale, is_causal=starts is None, packing=packing, window=window
+        )
+        return output.transpose(1, 2).contiguous()
 
     def _name(self, call: AttentionCall) -> str:
         return next(name for name, module in self._modules.items() if module is call.module)
@@ -418,7 +436,9 @@ def _packs(model: PreTrainedModel) -> bool:
     ]
     with attach(model, Prefix(found[0].sites, tensors, position_offset=2)):
         expected = torch.cat([model(input_ids=ids, use_cache=False).logits[0] for ids in documents]).float()
-        packed = {"input_ids": torch.cat(documents, 1), "position_ids": positions[None]} | packed_inputs(starts, 12)
+        packed = {"input_ids": torch.cat(documents, 1), "position_ids": positions[None]} | packed_inputs(
+            starts, 12, device
+        )
         try:
             together = model(**packed, use_cache=False).logits[0].float()
         except (TypeError, ValueError, RuntimeError):  # some models take no such arguments, some no such mask
@@ -426,12 +446,14 @@ def _packs(model: PreTrainedModel) -> bool:
     return bool((together - expected).norm() < 0.05 * expected.norm())
 
 
-def packed_inputs(starts: Tensor, longest: int) -> dict[str, Any]:
-    """What tells a model of packed documents, beside `position_ids`: Transformers' names, and a mask to make none of."""
-    return {
-        "attention_mask": torch.zeros(1, 1, 1, 1, device=starts.device),
-        "cu_seq_lens_q": starts,
-        "cu_seq_lens_k": starts,
+def packed_inputs(starts: Tensor | None, longest: int, device: torch.device) -> dict[str, Any]:
+    """What tells a model of packed documents, beside `position_ids`: Transformers' names, and a mask so that it makes none.
+
+    Without `starts` every row is one document of `longest` tokens.
+    """
+    inputs = {
+        "attention_mask": torch.zeros(1, 1, 1, 1, device=device),
         "max_length_q": longest,
         "max_length_k": longest,
     }
+    return inputs if starts is None else inputs | {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}

@@ -63,9 +63,10 @@ def collate(model: PreTrainedModel, groups: Sequence[Sequence[Example]]) -> Batc
     """The rows of each run as `loss` takes them."""
     if model.config.is_encoder_decoder:
         return groups
+    device = input_device(model)
     lengths = {len(example.input_ids) for group in groups for example in group}
-    packed = input_device(model).type == "cuda" and len(lengths) > 1 and can_pack(model)
-    return gather(groups, packed).to(input_device(model))
+    maskless = device.type == "cuda" and can_pack(model)
+    return gather(groups, packed=maskless and len(lengths) > 1, maskless=maskless).to(device)
 
 
 def loss(model: PreTrainedModel, batch: Batch | Sequence[Sequence[Example]]) -> Float[Tensor, " K"]:
@@ -93,8 +94,10 @@ def _target_loss(model: Any, examples: Sequence[Example]) -> Tensor:
 def completion_loss(model: PreTrainedModel, batch: Batch) -> Float[Tensor, " K"]:
     """For each run the summed cross-entropy of its completion tokens, in nats. Logits are made of labelled tokens only."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
-    if batch.starts is not None:
-        inputs |= {"position_ids": batch.position_ids} | packed_inputs(batch.starts, batch.longest)
+    if batch.longest:
+        inputs |= packed_inputs(batch.starts, batch.longest, batch.input_ids.device)
+    if batch.position_ids is not None:
+        inputs["position_ids"] = batch.position_ids
     head: Any = model.get_output_embeddings()
     width = batch.input_ids.shape[1]
     hidden = _hidden(model, head, inputs) if is_plain_head(head) else None

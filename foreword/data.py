@@ -139,7 +139,7 @@ class Batch:
     runs: int
     position_ids: Tensor | None = None  # [B, T] of packed rows
     starts: Tensor | None = None  # [N], int32: where packed rows of data start, flattened, and the end of the last
-    longest: int = 0  # no packed row of data has more tokens
+    longest: int = 0  # no row of data has more tokens; 0 where the model is to find out from its inputs
 
     def to(self, device: torch.device) -> "Batch":
         """The same on another device; to a GPU without waiting for it."""
@@ -390,8 +390,8 @@ def schedule(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> 
     return batches
 
 
-def collate(groups: Sequence[Sequence[Example]], packed: bool = False) -> Batch:
-    """The rows of each run as one batch; labels are the completions.
+def collate(groups: Sequence[Sequence[Example]], packed: bool = False, maskless: bool = False) -> Batch:
+    """The rows of each run as one batch; labels are the completions. `maskless`: the model can be told how long rows are.
 
     Packed batches are filled up to sizes that come back, so that a CUDA graph serves many.
     """
@@ -417,7 +417,8 @@ def collate(groups: Sequence[Sequence[Example]], packed: bool = False) -> Batch:
         starts.append(i * width + end)  # what fills the row up is a document of its own
     if not packed:
         columns = sorted({place % width for place in places})
-        return Batch(input_ids, *map(torch.tensor, (places, labels, columns)), tuple(owners), len(groups))
+        tensors = map(torch.tensor, (places, labels, columns))
+        return Batch(input_ids, *tensors, tuple(owners), len(groups), longest=width if maskless else 0)
     places += [len(rows) * width - 1] * (_round_up(len(places)) - len(places))  # the last token predicts nothing
     labels += [IGNORED] * (len(places) - len(labels))
     columns = places if len(rows) == 1 else sorted(place % width for place in places)

@@ -246,7 +246,8 @@ class Trainer:
         """The summed loss of each run's rows; their gradients gather in the runs' prefixes."""
         batch = self.task.collate(self.model, groups)
         self._show(active, batch)
-        graphed = isinstance(batch, Batch) and (len(active) == 1 or batch.starts is not None)
+        # Only where the model makes no mask of its own, for which Transformers waits for the device.
+        graphed = isinstance(batch, Batch) and batch.longest > 0 and (len(active) == 1 or batch.starts is not None)
         if self.graphs is None or not graphed or active[0].config.dropout:
             return self._compute(batch)
         return self.graphs.run(tuple(map(id, active)), batch, self._compute)
@@ -332,21 +333,27 @@ class Trainer:
 
 
 class _Graphs:
-    """Forward and backward pass as CUDA graphs, one for each shape of batch that comes more than once."""
+    """Forward and backward pass as CUDA graphs, one for each shape of batch that comes again."""
 
     def __init__(self) -> None:
-        self._met: set[Any] = set()
+        self._met: dict[Any, int] = {}
         self._captured: dict[Any, tuple[Batch, torch.cuda.CUDAGraph, Tensor]] = {}
-        self._works = True
+        self._works: bool | None = None  # unknown yet
 
     def run(self, runs: tuple[int, ...], batch: Batch, compute: Callable[[Batch], Tensor]) -> Tensor:
-        """What `compute` returns for the batch; the first time a shape comes, by calling it."""
+        """What `compute` returns for the batch. The first times that a shape comes, by calling it."""
         key = runs, batch.shape
-        if key not in self._met or not self._works:
-            self._met.add(key)
+        self._met[key] = self._met.get(key, 0) + 1
+        if self._met[key] == 1 or self._works is False:
             return compute(batch)
-        if key not in self._captured and not self._capture(key, batch, compute):
-            return compute(batch)
+        if self._works is None:
+            return self._try(batch, compute)
+        if key not in self._captured:
+            pool = next((graph.pool() for _, graph, _ in self._captured.values()), None)  # they run one at a time
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                losses = compute(batch)
+            self._captured[key] = batch, graph, losses
         own, graph, losses = self._captured[key]
         for name, value in vars(batch).items():
             if isinstance(value, Tensor) and value is not getattr(own, name):
@@ -354,18 +361,23 @@ class _Graphs:
         graph.replay()
         return losses.clone()
 
-    def _capture(self, key: Any, batch: Batch, compute: Callable[[Batch], Tensor]) -> bool:
-        graph = torch.cuda.CUDAGraph()
-        pool = next((other.pool() for _, other, _ in self._captured.values()), None)  # they never run at the same time
+    def _try(self, batch: Batch, compute: Callable[[Batch], Tensor]) -> Tensor:
+        """Compute, and see whether the model waits for the device, which a graph cannot hold."""
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
         try:
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
                 losses = compute(batch)
-        except RuntimeError as error:  # the model waits for the device somewhere
-            warnings.warn(f"Steps are not captured as CUDA graphs, so they are slower: {error}", stacklevel=2)
-            self._works = False
-            return False
-        self._captured[key] = batch, graph, losses
-        return True
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        waits = [str(warning.message) for warning in found if "synchronizing CUDA" in str(warning.message)]
+        self._works = not waits
+        if waits:
+            warnings.warn(
+                f"No CUDA graphs, so steps are slower: the model waits for the device. {waits[0]}", stacklevel=2
+            )
+        return losses
 
     def clear(self) -> None:
         """Give their memory back."""

@@ -209,7 +209,7 @@ def merge_prefix(
         The merged output, laid out in memory as `[B, T, H, E]`, and the merged lse with the strides of `lse`.
     """
     b, h, t, d = query.shape
-    k, p, g, e = value.shape
+    _, p, g, e = value.shape
     merged = output.new_empty(b, t, h, e).transpose(1, 2)
     total = torch.empty_strided(lse.shape, lse.stride(), dtype=lse.dtype, device=lse.device)
     blocks = _blocks(t, p, d, e)
