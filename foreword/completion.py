@@ -109,10 +109,9 @@ def completion_loss(model: PreTrainedModel, batch: Batch) -> Float[Tensor, " K"]
         losses = cross_entropy(logits.index_select(0, place), batch.labels, IGNORED)
     if batch.runs == 1:
         return losses.sum()[None]
-    by_row = losses.new_zeros(len(batch.owners)).index_add(0, batch.places // width, losses)
-    return torch.stack(
-        [by_row[[i for i, owner in enumerate(batch.owners) if owner == run]].sum() for run in range(batch.runs)]
-    )
+    owners = torch.tensor(batch.owners, device=losses.device) if len(batch.owners) != batch.runs else None
+    rows = batch.places // width  # of tokens; a packed batch has one for each run
+    return losses.new_zeros(batch.runs).index_add(0, rows if owners is None else owners[rows], losses)
 
 
 _finishes: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()  # whether a model changes what its head puts out

@@ -207,6 +207,8 @@ class Trainer:
         self.attachment = attach(self.model, self.runs[0].prefix)
         self.seen: Any = (id(self.runs[0]),), ()
         self.last_report = time.perf_counter()
+        if self.graphs is not None:
+            self.inside.enter_context(_stream_of_its_own())
         if any(_wants_compiling(run.config, self.device) for run in self.runs):
             self.inside.enter_context(_compiled(self.model))
         return self
@@ -215,9 +217,9 @@ class Trainer:
         assert self.attachment is not None
         self.attachment.detach()
         self.attachment = None
-        self.inside.close()
         if self.graphs is not None:
             self.graphs.clear()
+        self.inside.close()
 
     def step(self, active: list[Run]) -> _Step:
         """One optimizer step of each run, of which this process computes its share."""
@@ -350,8 +352,8 @@ class _Graphs:
             return self._try(batch, compute)
         if key not in self._captured:
             pool = next((graph.pool() for _, graph, _ in self._captured.values()), None)  # they run one at a time
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 losses = compute(batch)
             self._captured[key] = batch, graph, losses
         own, graph, losses = self._captured[key]
@@ -363,7 +365,7 @@ class _Graphs:
 
     def _try(self, batch: Batch, compute: Callable[[Batch], Tensor]) -> Tensor:
         """Compute, and see whether the model waits for the device, which a graph cannot hold."""
-        before = torch.cuda.get_sync_debug_mode()
+        before, compiled = torch.cuda.get_sync_debug_mode(), dict(torch._dynamo.utils.counters["stats"])
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as found:
@@ -371,6 +373,8 @@ class _Graphs:
                 losses = compute(batch)
         finally:
             torch.cuda.set_sync_debug_mode(before)
+        if compiled != dict(torch._dynamo.utils.counters["stats"]):  # compiling waits as well: look again next time
+            return losses
         waits = [str(warning.message) for warning in found if "synchronizing CUDA" in str(warning.message)]
         self._works = not waits
         if waits:
@@ -382,6 +386,16 @@ class _Graphs:
     def clear(self) -> None:
         """Give their memory back."""
         self._captured.clear()
+
+
+@contextmanager
+def _stream_of_its_own() -> Iterator[None]:
+    """Inside, work goes to a new stream, as the default one cannot be captured."""
+    outer, own = torch.cuda.current_stream(), torch.cuda.Stream()
+    own.wait_stream(outer)
+    with torch.cuda.stream(own):
+        yield
+    outer.wait_stream(own)
 
 
 @contextmanager
