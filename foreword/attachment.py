@@ -117,7 +117,7 @@ class _Assigned(NamedTuple):
 
     rows: Rows | None  # None: no row sees any
     offsets: Tensor  # [B], how far each row's positions are shifted
-    count: int
+    batch: int  # B
 
 
 class Attachment:
@@ -278,7 +278,7 @@ class Attachment:
         # Without gradients the prefixes stay as they are, unless somebody writes into them.
         differentiates = torch.is_grad_enabled()
         version = None if differentiates or torch.compiler.is_compiling() else self._version()
-        if version is not None and self._laid_out.get(stack.name) == (version, rows and rows.count):
+        if version is not None and self._laid_out.get(stack.name) == (version, rows and rows.batch):
             return
         own = {site.name: dict[int, Any]() for site in stack.sites}
         for number, source in enumerate(self._sources):
@@ -292,8 +292,8 @@ class Attachment:
                 none = key[:0], value[:0], None
                 entries = [found.get(number, none) for number in range(len(self._sources))]
                 prefixes = stack_prefixes(entries, rows and rows.rows)
-            self._modules[name].__dict__[_SEEN] = _Seen(prefixes, rows and rows.count, differentiates, {})
-        self._laid_out[stack.name] = (version, rows and rows.count)
+            self._modules[name].__dict__[_SEEN] = _Seen(prefixes, rows and rows.batch, differentiates, {})
+        self._laid_out[stack.name] = (version, rows and rows.batch)
 
     def _version(self) -> tuple[Any, ...] | None:
         """Changes when a prefix is written into; `None` where that cannot be told."""
@@ -427,11 +427,12 @@ def _packs(model: PreTrainedModel) -> bool:
     if device.type != "cuda" or not half or not kinds <= {"full_attention", "sliding_attention"}:
         return False
     generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=generator)
     documents = [sample_inputs(model, length, generator)["input_ids"] for length in (5, 12, 9)]
     positions = torch.cat([torch.arange(ids.shape[1], device=device) for ids in documents]) + found[0].first_position
     starts = torch.tensor([0, 5, 17, 26], dtype=torch.int32, device=device)
     tensors = [
-        tuple(torch.randn(2, site.num_kv_heads, dim, generator=generator) for dim in (site.key_dim, site.value_dim))
+        (draw(2, site.num_kv_heads, site.key_dim), draw(2, site.num_kv_heads, site.value_dim))
         for site in found[0].sites
     ]
     with attach(model, Prefix(found[0].sites, tensors, position_offset=2)):

@@ -417,8 +417,10 @@ def collate(groups: Sequence[Sequence[Example]], packed: bool = False, maskless:
         starts.append(i * width + end)  # what fills the row up is a document of its own
     if not packed:
         columns = sorted({place % width for place in places})
-        tensors = map(torch.tensor, (places, labels, columns))
-        return Batch(input_ids, *tensors, tuple(owners), len(groups), longest=width if maskless else 0)
+        numbers = [torch.tensor(own) for own in (places, labels, columns)]
+        return Batch(
+            input_ids, numbers[0], numbers[1], numbers[2], tuple(owners), len(groups), longest=width if maskless else 0
+        )
     places += [len(rows) * width - 1] * (_round_up(len(places)) - len(places))  # the last token predicts nothing
     labels += [IGNORED] * (len(places) - len(labels))
     columns = places if len(rows) == 1 else sorted(place % width for place in places)
@@ -426,7 +428,9 @@ def collate(groups: Sequence[Sequence[Example]], packed: bool = False, maskless:
     longest = max(end - start for start, end in pairwise(starts))
     return Batch(
         input_ids,
-        *map(torch.tensor, (places, labels, columns)),
+        torch.tensor(places),
+        torch.tensor(labels),
+        torch.tensor(columns),
         tuple(owners),
         len(groups),
         positions,

@@ -83,8 +83,8 @@ def stack(
     longest = max(len(key) for key, _, _ in entries)
     biases = None
     if any(bias is not None or len(key) < longest for key, _, bias in entries):
-        own = [key.new_zeros(key.shape[:2]) if bias is None else bias for key, _, bias in entries]
-        biases = torch.stack([pad(bias, (0, 0, 0, longest - len(bias)), value=-torch.inf) for bias in own])
+        own: list[Tensor] = [key.new_zeros(key.shape[:2]) if bias is None else bias for key, _, bias in entries]
+        biases = torch.stack([pad(gates, (0, 0, 0, longest - len(gates)), value=-torch.inf) for gates in own])
     keys, values = (
         torch.stack([pad(entry[i], (0, 0, 0, 0, 0, longest - len(entry[i]))) for entry in entries]) for i in (0, 1)
     )
@@ -178,15 +178,17 @@ def merged_attention(
 
 class _Merged(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, how, rows, *tensors):
-        prefixes = Prefixes(*tensors, rows)
+    def forward(ctx, query, key, value, how, rows, prefix_key, prefix_value, bias):
+        prefixes = Prefixes(prefix_key, prefix_value, bias, rows)
         output, lse, context = token_kernel(query, how).forward(query, key, value, how)
         lse, part_context = lse.to(lse_dtype(query)), ()
         if _has_kernel_of_our_own(query, prefixes):
             from . import triton_kernels
 
             owner = None if rows is None else rows.owner
-            merged, total = triton_kernels.merge_prefix(query, *tensors, owner, output, lse, how.scale)
+            merged, total = triton_kernels.merge_prefix(
+                query, prefix_key, prefix_value, bias, owner, output, lse, how.scale
+            )
         else:
             part_output, part_lse, part_context = _prefix_forward(query, prefixes, how.scale)
             total = torch.logaddexp(lse, part_lse)
@@ -194,15 +196,15 @@ class _Merged(torch.autograd.Function):
             total = total.masked_fill(total == -torch.inf, 0.0)
             merged = output * (lse - total).exp()[..., None].to(output.dtype)
             merged = merged + part_output * (part_lse - total).exp()[..., None].to(output.dtype)
-        ctx.save_for_backward(query, key, value, merged, total, *tensors)
+        ctx.save_for_backward(query, key, value, merged, total, prefix_key, prefix_value, bias)
         ctx.how, ctx.rows, ctx.context, ctx.part_context = how, rows, context, part_context
         return merged
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]  # how autograd calls it
-        query, key, value, output, lse, *tensors = ctx.saved_tensors
-        prefixes, scale = Prefixes(*tensors, ctx.rows), ctx.how.scale
+        query, key, value, output, lse, prefix_key, prefix_value, bias = ctx.saved_tensors
+        prefixes, scale = Prefixes(prefix_key, prefix_value, bias, ctx.rows), ctx.how.scale
         if any(ctx.needs_input_grad[:3]):
             saved = grad, query, key, value, output, lse
             grad_query, grad_key, grad_value = token_kernel(query, ctx.how).backward(*saved, ctx.how, ctx.context)
@@ -213,7 +215,7 @@ class _Merged(torch.autograd.Function):
 
             owner, groups = (None, None) if ctx.rows is None else ctx.rows[:2]
             part_grads = triton_kernels.merge_prefix_backward(
-                grad, query, *tensors, owner, groups, output, lse, grad_query, scale
+                grad, query, prefix_key, prefix_value, bias, owner, groups, output, lse, grad_query, scale
             )
         else:
             part_query, *part_grads = _prefix_backward(grad, query, output, lse, prefixes, scale, ctx.part_context)

@@ -40,7 +40,7 @@ class Kernel(NamedTuple):
     key and value, where output and lse may be those of a softmax over more than these tokens."""
 
     forward: Callable[..., tuple[Tensor, Tensor, tuple[Any, ...]]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, ...]]
 
 
 def has_token_kernel(
@@ -201,6 +201,7 @@ _EFFICIENT = Kernel(_efficient_forward, _efficient_backward)
 
 
 def _packed_forward(query, key, value, how: Tokens):
+    assert how.packing is not None
     flat = [_end_to_end(tensor) for tensor in (query, key, value)]
     output, lse, *context = torch.ops.aten._flash_attention_forward(
         *flat, how.packing.starts, how.packing.starts, how.packing.longest, how.packing.longest, 0.0, True, False,
@@ -210,6 +211,7 @@ def _packed_forward(query, key, value, how: Tokens):
 
 
 def _packed_backward(grad, query, key, value, output, lse, how: Tokens, context):
+    assert how.packing is not None
     flat = [_end_to_end(tensor) for tensor in (grad, query, key, value, output)]
     by_head = lse.transpose(0, 1).reshape(lse.shape[1], -1)
     starts, longest = how.packing.starts, how.packing.longest

@@ -34,7 +34,7 @@ def _scores(q, K, BIAS, where_k, where_bias, cols, dims, P, D, scale, skp, sbp, 
 
 @triton.jit
 def _forward(
-    Q, K, V, BIAS, OWNER, O, LSE, OUT, TOTAL, scale,
+    Q, K, V, BIAS, OWNER, OWN, LSE, OUT, TOTAL, scale,
     H, G, T, P, D, E,
     sqb, sqh, sqt, skk, skp, skg, svk, svp, svg, sbk, sbp, sbg, sob, soh, sot, slb, slh, slt, sub, suh, sut,
     HAS_BIAS: tl.constexpr, HAS_OWNER: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
@@ -75,7 +75,7 @@ def _forward(
     total = safe + tl.log(tl.exp(own - safe) + mass * tl.exp(top - safe))
     total = tl.where(highest == float("-inf"), 0.0, total)  # a query that sees nothing at all gets output 0
     keep = real[:, None] & (outs < E)[None, :]
-    o = tl.load(O + b * sob + h * soh + at * sot + outs[None, :], mask=keep, other=0.0).to(tl.float32)
+    o = tl.load(OWN + b * sob + h * soh + at * sot + outs[None, :], mask=keep, other=0.0).to(tl.float32)
     o = tl.where((own == float("-inf"))[:, None], 0.0, o * tl.exp(own - total)[:, None])
     o += acc * tl.exp(top - total)[:, None]
     tl.store(OUT + b * sub + h * suh + at * sut + outs[None, :], o.to(OUT.dtype.element_ty), mask=keep)

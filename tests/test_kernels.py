@@ -148,7 +148,7 @@ class _Largest(TorchDispatchMode):
 def test_prefix_is_never_repeated_for_the_rows():
     batch, length, width = 16, 32, 8
     query, key, value = (torch.randn(batch, 2, 1, width, requires_grad=True) for _ in range(3))
-    key_and_value = (torch.randn(1, length, 2, width, requires_grad=True) for _ in range(2))
+    key_, value_ = (torch.randn(1, length, 2, width, requires_grad=True) for _ in range(2))
     with _Largest() as largest:
-        merged_attention(query, key, value, Prefixes(*key_and_value), scale=1.0).sum().backward()
+        merged_attention(query, key, value, Prefixes(key_, value_), scale=1.0).sum().backward()
     assert batch * 2 * length <= largest.numbers < batch * 2 * length * width  # its scores, but not its keys
