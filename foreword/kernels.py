@@ -83,8 +83,16 @@ def stack(
     longest = max(len(key) for key, _, _ in entries)
     biases = None
     if any(bias is not None or len(key) < longest for key, _, bias in entries):
-        own: list[Tensor] = [key.new_zeros(key.shape[:2]) if bias is None else bias for key, _, bias in entries]
-        biases = torch.stack([pad(gates, (0, 0, 0, longest - len(gates)), value=-torch.inf) for gates in own])
+        biases = torch.stack(
+            [
+                pad(
+                    key.new_zeros(key.shape[:2]) if bias is None else bias,
+                    (0, 0, 0, longest - len(key)),
+                    value=-torch.inf,
+                )
+                for key, _, bias in entries
+            ]
+        )
     keys, values = (
         torch.stack([pad(entry[i], (0, 0, 0, 0, 0, longest - len(entry[i]))) for entry in entries]) for i in (0, 1)
     )
