@@ -9,17 +9,13 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
-
-import torch
-from transformers import PreTrainedModel
 
 from .anatomy import attention_sites, input_device
 from .attachment import attach
 from .baselines import BASELINES, Fit, fit, held_out_loss, restore, synchronize
-from .completion import METRICS, about, answer, encode, measure
+from .completion import about, answer, measure
 from .config import PrefixConfig, TrainConfig
 from .data import Example, Row
 from .errors import ConfigError
