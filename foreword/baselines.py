@@ -179,8 +179,9 @@ def fit(
     held_out: Sequence[Example],
     config: TrainConfig,
     on_step: Callable[[int], None] | None = None,
+    watch: bool = True,
 ) -> Fit:
-    """Train what `subject` trains, as `training.train` trains a prefix.
+    """Train what `subject` trains, as `training.train` trains a prefix. `watch`: count the memory of a step.
 
     A loss that is no longer finite ends the run; its own is infinite then, unless an earlier evaluation was better.
     """
@@ -199,7 +200,7 @@ def fit(
                     (_loss(subject.model, part, subject.skipped) / units).backward()
             _update(subject.parameters, masters, optimizer)
             tokens += sum(len(example.input_ids) for example in batch)
-            if step <= 2:
+            if watch and step <= 2:
                 memory()
             if step % config.evaluate_every == 0 or step == config.steps:
                 synchronize(device)

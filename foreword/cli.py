@@ -12,6 +12,7 @@ import typer
 from rich.markup import escape
 
 from . import __version__
+from .comparing import compare
 from .console import counting, err, human_bytes, out, table, training_bar
 from .errors import ConfigError, DataError, ForewordError
 from .listing import Json, PrefixFile, list_, show
@@ -276,6 +277,7 @@ def compose(
     )
 
 
+app.command()(compare)
 app.command("list")(list_)
 app.command()(show)
 

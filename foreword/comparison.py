@@ -212,7 +212,8 @@ def compare(
             rate, tries, fitted = tune(bench, entry, rows, count, on_step)
             for seed in range(seeds):
                 run = run_once(bench, entry, rows, count, rate, seed, None if seed else fitted, on_step)
-                yield run | ({} if seed else {"tries": tries})
+                peak = tries[0]["peak_bytes"] if tries else None  # the first try alone is watched
+                yield run | {"peak_bytes": run["peak_bytes"] or peak} | ({} if seed else {"tries": tries})
 
 
 def tune(
@@ -232,7 +233,7 @@ def tune(
     def attempt(rate: float) -> float:
         nonlocal best
         told = f"{entry.label}, {count} rows, learning rate {rate:g}"
-        fitted = _fit(bench, entry, drawn, rate, 0, bench.tuning_steps, _telling(on_step, told))
+        fitted = _fit(bench, entry, drawn, rate, 0, bench.tuning_steps, _telling(on_step, told), watch=not tried)
         if best is None or fitted.loss < best.loss:
             best = fitted
         tried[rate] = fitted._replace(state=None)
@@ -244,6 +245,7 @@ def tune(
             "learning_rate": r,
             "steps": f.steps,
             "held_out_loss": finite(f.loss),
+            "peak_bytes": f.peak_bytes,
             "curve": [[step, finite(loss)] for step, loss in f.curve],
         }
         for r, f in tried.items()
@@ -340,13 +342,16 @@ def _fit(
     seed: int,
     steps: int | None,
     on_step: Callable[[int], None] | None,
+    watch: bool = False,
 ) -> Fit:
+    """`watch`: count memory, which takes a while on a CPU."""
+    watch = watch or input_device(bench.base.model).type == "cuda"
     config = replace(bench.config, learning_rate=rate or 1.0, seed=seed, steps=steps or bench.config.steps)
     if entry.prefix is not None:
-        return _fit_prefix(bench, entry.prefix, rows, config, on_step)
+        return _fit_prefix(bench, entry.prefix, rows, config, on_step, watch)
     if entry.method in BASELINES:
         with BASELINES[entry.method].open(bench.base.model, entry.size, seed) as subject:
-            return fit(subject, rows, bench.held_out, config, on_step)
+            return fit(subject, rows, bench.held_out, config, on_step, watch)
     return _prompt(bench, rows, entry.size, seed)
 
 
@@ -356,6 +361,7 @@ def _fit_prefix(
     rows: Sequence[Example],
     config: TrainConfig,
     on_step: Callable[[int], None] | None,
+    watch: bool,
 ) -> Fit:
     model = bench.base.model
     curve: list[tuple[int, float]] = []
@@ -372,7 +378,7 @@ def _fit_prefix(
             elif progress.step > 2:  # the second step is watched, and an evaluation is no part of a step
                 gaps.append(now - last)
                 speeds.append(progress.tokens_per_second)
-            if progress.step <= 2:
+            if watch and progress.step <= 2:
                 memory()
             if on_step is not None:
                 on_step(progress.step)
