@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.console import Console
 
 from .config import PrefixConfig, TrainConfig
 from .console import err, out, table
@@ -21,6 +22,7 @@ __all__ = ["compare"]
 
 _METHODS = "full,prefix,prompt,adapter,lora,few-shot,base"
 _TEST, _HELD_OUT = 200, 64  # rows that are set aside at most
+_WIDTH = 190  # columns of the table
 
 
 def compare(
@@ -133,7 +135,8 @@ def compare(
     if as_json:
         out.print_json(data=report)
         return
-    out.print(table(["method", "rows", *report["metrics"].values(), *HEADER], summary(report)), width=200, crop=False)
+    wide = Console(width=max(out.width, _WIDTH), highlight=False, soft_wrap=True)  # a row stays a line, also in a pipe
+    wide.print(table(["method", "rows", *report["metrics"].values(), *HEADER], summary(report)))
     err.print(f"Plots and answers: {folder / 'report.html'}")
 
 
