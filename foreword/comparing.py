@@ -12,7 +12,7 @@ from .config import PrefixConfig, TrainConfig
 from .console import err, out, table
 from .errors import ConfigError, DataError
 from .listing import Json
-from .metrics import TEXT_METRICS
+from .metrics import TEXT_METRICS, check_text_metrics
 from .report import HEADER, html_page, markdown, summary
 
 if TYPE_CHECKING:
@@ -81,9 +81,8 @@ def compare(
     from .fingerprint import digest
     from .models import load_base
 
-    names = tuple(name.strip() for name in metrics.split(","))
-    if unknown := [name for name in names if name not in TEXT_METRICS]:
-        raise ConfigError(f"--metrics: no such metric: {', '.join(unknown)}. Known: {', '.join(TEXT_METRICS)}.")
+    names = tuple(metrics.split(","))
+    check_text_metrics(names)
     counts = None if rows is None else _counts(rows)
     prefix = PrefixConfig(num_virtual_tokens=virtual_tokens)
     chosen = [] if ablation else entries(methods, prefix)

@@ -7,13 +7,16 @@ the E2E challenge used them; they need `pip install 'foreword[coco]'` and Java, 
 import math
 import re
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from typing import NamedTuple
 
 from .errors import ConfigError
 
-__all__ = ["TEXT_METRICS", "nist", "text_figures"]
+__all__ = ["TEXT_METRICS", "check_text_metrics", "nist", "text_figures"]
 
 Answers = Sequence[str]
 References = Sequence[Sequence[str]]  # at least one for each answer
@@ -22,6 +25,7 @@ References = Sequence[Sequence[str]]  # at least one for each answer
 class _Metric(NamedTuple):
     title: str
     figure: Callable[[Answers, References], float]
+    java: bool = False
 
 
 def text_figures(names: Sequence[str], answers: Answers, references: References) -> dict[str, float]:
@@ -34,12 +38,24 @@ def text_figures(names: Sequence[str], answers: Answers, references: References)
         >>> text_figures(["exact_match", "bleu"], ["a b c d e"], [["a b c d e", "f"]])
         {'exact_match': 100.0, 'bleu': 100.0}
     """
-    if unknown := [name for name in names if name not in TEXT_METRICS]:
-        raise ConfigError(f"No such metric: {', '.join(unknown)}. Known: {', '.join(TEXT_METRICS)}.")
+    check_text_metrics(names)
     if len(answers) != len(references) or not answers or not all(references):
         raise ConfigError(f"{len(answers)} answers for {len(references)} rows: each needs a right answer.")
     digits = {"nist": 4, "cider": 4}
     return {name: round(TEXT_METRICS[name].figure(answers, references), digits.get(name, 2)) for name in names}
+
+
+def check_text_metrics(names: Sequence[str]) -> None:
+    """Raise `ConfigError` for a name that is none of `TEXT_METRICS`, and where what it needs is not installed."""
+    if unknown := [name for name in names if name not in TEXT_METRICS]:
+        raise ConfigError(f"No such metric: {', '.join(unknown)}. Known: {', '.join(TEXT_METRICS)}.")
+    if not (asked := [name for name in names if TEXT_METRICS[name].java]):
+        return
+    told = f"{', '.join(asked)} cannot be measured here"
+    if shutil.which("java") is None:
+        raise ConfigError(f"{told}: there is no `java` on this machine. Install a Java runtime, or leave them out.")
+    if find_spec("pycocoevalcap") is None:
+        raise ConfigError(f"{told}: pycocoevalcap is not installed. pip install 'foreword[coco]', or leave them out.")
 
 
 def exact_match(answers: Answers, references: References) -> float:
@@ -134,23 +150,15 @@ def _words(text: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------- pycocoevalcap
 
 
-def _coco(name: str, module: str, kind: str, scale: float) -> Callable[[Answers, References], float]:
+def _coco(module: str, kind: str, scale: float) -> Callable[[Answers, References], float]:
     def figure(answers: Answers, references: References) -> float:
-        if shutil.which("java") is None:
-            raise ConfigError(
-                f"The metric {name} needs Java: no `java` on this machine. Install a Java runtime, or leave {name} out."
-            )
-        try:
-            from importlib import import_module
-
-            scorer = getattr(import_module(f"pycocoevalcap.{module}"), kind)()
-            from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-        except ImportError:
-            raise ConfigError(f"The metric {name} needs pycocoevalcap: pip install 'foreword[coco]'.") from None
-        tokenizer = PTBTokenizer()
-        found = tokenizer.tokenize({i: [{"caption": answer}] for i, answer in enumerate(answers)})
-        right = tokenizer.tokenize({i: [{"caption": text} for text in own] for i, own in enumerate(references)})
-        return scale * float(scorer.compute_score(right, found)[0])
+        scorer = getattr(import_module(f"pycocoevalcap.{module}"), kind)()
+        tokenizer = import_module("pycocoevalcap.tokenizer.ptbtokenizer").PTBTokenizer()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # pipes to Java that it leaves to the garbage collector
+            found = tokenizer.tokenize({i: [{"caption": answer}] for i, answer in enumerate(answers)})
+            right = tokenizer.tokenize({i: [{"caption": text} for text in own] for i, own in enumerate(references)})
+            return scale * float(scorer.compute_score(right, found)[0])
 
     return figure
 
@@ -162,7 +170,7 @@ TEXT_METRICS = {
     "rouge_1": _Metric("ROUGE-1", _rouge("rouge1")),
     "rouge_2": _Metric("ROUGE-2", _rouge("rouge2")),
     "rouge_l": _Metric("ROUGE-L", _rouge("rougeL")),
-    "meteor": _Metric("METEOR", _coco("meteor", "meteor.meteor", "Meteor", 100)),
-    "coco_rouge_l": _Metric("ROUGE-L (coco)", _coco("coco_rouge_l", "rouge.rouge", "Rouge", 100)),
-    "cider": _Metric("CIDEr", _coco("cider", "cider.cider", "Cider", 1)),
+    "meteor": _Metric("METEOR", _coco("meteor.meteor", "Meteor", 100.0), java=True),
+    "coco_rouge_l": _Metric("ROUGE-L (coco)", _coco("rouge.rouge", "Rouge", 100.0), java=True),
+    "cider": _Metric("CIDEr", _coco("cider.cider", "Cider", 1.0), java=True),
 }

@@ -88,7 +88,7 @@ def _explained(report: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------------------ plots
 
 
-def _plot(draw: Callable[[Any], None], height: float = 3.4, **axes: Any) -> str:
+def _plot(draw: Callable[[Any], None], height: float = 4.2, **axes: Any) -> str:
     """An SVG whose text and lines take the page's colour."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -103,6 +103,8 @@ def _plot(draw: Callable[[Any], None], height: float = 3.4, **axes: Any) -> str:
         own = figure.add_subplot(**axes)
         own.grid(alpha=0.15, color=_INK)
         draw(own)
+        if own.get_legend_handles_labels()[0]:
+            figure.legend(loc="outside lower center", ncols=2, fontsize=10)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
@@ -140,7 +142,6 @@ def _curves(report: dict[str, Any]) -> str | None:
         for run in runs:
             points = [(step, loss) for step, loss in run["curve"] if loss is not None]
             axes.plot(*zip(*points, strict=True), color=color[run["label"]], label=run["label"])
-        axes.legend(fontsize=9)
 
     return _plot(draw, xlabel="step", ylabel="held-out loss (nats a token)")
 
@@ -167,7 +168,6 @@ def _low_data(report: dict[str, Any]) -> str | None:
         ticks = sorted({run["rows"] for run in report["runs"]})
         axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
         axes.minorticks_off()
-        axes.legend(fontsize=9)
 
     return _plot(draw, xlabel="training rows", ylabel=title)
 
@@ -186,7 +186,6 @@ def _cost(report: dict[str, Any]) -> str | None:
             where = runs[0]["percent"], statistics.mean(run["metrics"][metric] for run in runs)
             axes.plot(*where, "o", color=color[_label(runs)], markersize=9, label=_label(runs))
         axes.set_xscale("log")
-        axes.legend(fontsize=9)
 
     return _plot(draw, xlabel="trained parameters, % of the model", ylabel=title)
 
@@ -202,7 +201,7 @@ _STYLE = """
 :root { color-scheme: light dark; --ink: light-dark(#1c2024, #e6e8ea); --soft: light-dark(#59636e, #9aa4ae);
   --line: light-dark(#d9dee3, #353b42); --back: light-dark(#fff, #15181b); --panel: light-dark(#f6f7f9, #1d2125); }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 68rem; padding: 1.5rem 1rem 4rem; color: var(--ink); background: var(--back);
+body { margin: 0 auto; max-width: 80rem; padding: 1.5rem 1rem 4rem; color: var(--ink); background: var(--back);
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .5rem; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
 p, figcaption, .facts { color: var(--soft); font-size: .9rem; }
