@@ -30,7 +30,7 @@ from .losses import cross_entropy
 from .memory import StepMemory
 from .prefix import Prefix, SiteTensors
 
-__all__ = ["BASELINES", "Baseline", "Fit", "Subject", "fit", "held_out_loss", "restore"]
+__all__ = ["BASELINES", "Baseline", "Fit", "Subject", "fit", "held_out_loss", "restore", "synchronize"]
 
 
 class Subject(NamedTuple):

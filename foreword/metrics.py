@@ -7,7 +7,6 @@ the E2E challenge used them; they need `pip install 'foreword[coco]'` and Java, 
 import math
 import re
 import shutil
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -154,11 +153,9 @@ def _coco(module: str, kind: str, scale: float) -> Callable[[Answers, References
     def figure(answers: Answers, references: References) -> float:
         scorer = getattr(import_module(f"pycocoevalcap.{module}"), kind)()
         tokenizer = import_module("pycocoevalcap.tokenizer.ptbtokenizer").PTBTokenizer()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)  # pipes to Java that it leaves to the garbage collector
-            found = tokenizer.tokenize({i: [{"caption": answer}] for i, answer in enumerate(answers)})
-            right = tokenizer.tokenize({i: [{"caption": text} for text in own] for i, own in enumerate(references)})
-            return scale * float(scorer.compute_score(right, found)[0])
+        found = tokenizer.tokenize({i: [{"caption": answer}] for i, answer in enumerate(answers)})
+        right = tokenizer.tokenize({i: [{"caption": text} for text in own] for i, own in enumerate(references)})
+        return scale * float(scorer.compute_score(right, found)[0])
 
     return figure
 

@@ -69,7 +69,7 @@ def _costs(runs: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _bytes(count: float) -> str:
+def _bytes(count: float | int) -> str:
     for unit in ("bytes", "KB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

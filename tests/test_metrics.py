@@ -59,6 +59,7 @@ if SCORED:
     def test_figures_are_those_of_the_official_scorer():
         assert text_figures(["bleu", "nist"], *scored()) == {"bleu": 66.36, "nist": 8.6435}
 
+    @pytest.mark.filterwarnings("ignore")  # it leaves pipes to Java open
     def test_figures_are_those_of_pycocoevalcap():
         pytest.importorskip("pycocoevalcap")
         figures = text_figures(["meteor", "coco_rouge_l", "cider"], *scored())
