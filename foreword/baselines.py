@@ -122,7 +122,7 @@ def _peft(kind: str, settings: Callable[[Any, int], dict[str, Any]]) -> Callable
             kept = sum(p.numel() for p in parameters)
             fold = _FOLDS.get(kind)
             yield Subject(
-                wrapped,
+                wrapped.get_base_model() if kind == "LoraConfig" else wrapped,  # LoRA's layers are in the model itself
                 parameters,
                 kept,
                 config.num_virtual_tokens if kind == "PromptTuningConfig" else 0,
@@ -187,7 +187,8 @@ def fit(
     """
     device = input_device(subject.model)
     masters = [_master(parameter) for parameter in subject.parameters]
-    optimizer = torch.optim.AdamW(masters, lr=config.learning_rate, weight_decay=0.0, fused=device.type == "cuda")
+    fused = device.type in ("cpu", "cuda")  # without temporary copies of everything
+    optimizer = torch.optim.AdamW(masters, lr=config.learning_rate, weight_decay=0.0, fused=fused)
     state = [master.detach().clone() for master in masters]
     best, best_step, curve, waited = math.inf, 0, list[tuple[int, float]](), 0
     seconds, tokens, began, step = 0.0, 0, time.perf_counter(), 0
@@ -279,11 +280,15 @@ def _update(
     parameters: Sequence[nn.Parameter], masters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
     """An optimizer step on the masters, and their rounding back to what the model computes with."""
-    apart = [(p, m) for p, m in zip(parameters, masters, strict=True) if p is not m]
+    apart = [(p, m) for p, m in zip(parameters, masters, strict=True) if p is not m and p.grad is not None]
     for parameter, master in apart:
-        master.grad = None if parameter.grad is None else parameter.grad.float()
+        if master.grad is None:
+            master.grad = torch.empty_like(master)
+        master.grad.copy_(parameter.grad)  # into the same memory each time
         parameter.grad = None
     optimizer.step()
-    optimizer.zero_grad()
+    for parameter, master in zip(parameters, masters, strict=True):
+        if parameter is master:
+            parameter.grad = None
     if apart:
         torch._foreach_copy_([p for p, _ in apart], [m for _, m in apart])

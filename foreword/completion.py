@@ -42,7 +42,7 @@ row = completion_row
 
 
 def encode(
-    rows: Sequence[Row],
+    rows: Sequence[Row | Example],
     tokenizer: PreTrainedTokenizerBase,
     about: dict[str, Any],
     max_length: int,

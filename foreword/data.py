@@ -279,14 +279,14 @@ def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase, template: str | Non
 
 
 def encode(
-    rows: Sequence[Row],
+    rows: Sequence[Row | Example],
     tokenizer: PreTrainedTokenizerBase,
     template: str | None,
     max_length: int,
     skip_bad: bool = False,
     encoder: bool = False,
 ) -> tuple[list[Example], list[str]]:
-    """Rows as token ids; the completion ends with the token that ends a turn.
+    """Rows as token ids; the completion ends with the token that ends a turn. Rows encoded before stay as they are.
 
     Prompt and completion are tokenized apart, because generation starts from the prompt's own tokens; with `encoder`,
     an encoder reads the prompt, and the completion is what the tokenizer makes of a target.
