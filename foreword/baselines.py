@@ -30,6 +30,8 @@ from .losses import cross_entropy
 from .memory import StepMemory
 from .prefix import Prefix, SiteTensors
 
+_copy_all: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]  # one call for many tensors
+
 __all__ = ["BASELINES", "Baseline", "Fit", "Subject", "fit", "held_out_loss", "restore", "synchronize"]
 
 
@@ -211,7 +213,7 @@ def fit(
                 waited += 1
                 if loss < best:
                     best, best_step, waited = loss, step, 0
-                    torch._foreach_copy_(state, [master.detach() for master in masters])
+                    _copy_all(state, [master.detach() for master in masters])
                 began = time.perf_counter()
                 if waited >= config.patience or not math.isfinite(loss):
                     break
@@ -280,15 +282,17 @@ def _update(
     parameters: Sequence[nn.Parameter], masters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
     """An optimizer step on the masters, and their rounding back to what the model computes with."""
-    apart = [(p, m) for p, m in zip(parameters, masters, strict=True) if p is not m and p.grad is not None]
-    for parameter, master in apart:
-        if master.grad is None:
-            master.grad = torch.empty_like(master)
-        master.grad.copy_(parameter.grad)  # into the same memory each time
-        parameter.grad = None
+    apart = []
+    for parameter, master in zip(parameters, masters, strict=True):
+        if parameter is not master and (gradient := parameter.grad) is not None:
+            if master.grad is None:
+                master.grad = torch.empty_like(master)
+            master.grad.copy_(gradient)  # into the same memory each time
+            parameter.grad = None
+            apart.append((parameter, master))
     optimizer.step()
     for parameter, master in zip(parameters, masters, strict=True):
         if parameter is master:
             parameter.grad = None
     if apart:
-        torch._foreach_copy_([p for p, _ in apart], [m for _, m in apart])
+        _copy_all([p for p, _ in apart], [m for _, m in apart])

@@ -310,7 +310,7 @@ def encode(
 
 
 def encode_each(
-    rows: Sequence[AnyRow], one: Callable[[AnyRow], Example], max_length: int, skip_bad: bool = False
+    rows: Sequence[Any], one: Callable[[Any], Example], max_length: int, skip_bad: bool = False
 ) -> tuple[list[Example], list[str]]:
     """The rows that `one` can encode in at most `max_length` tokens, and the reasons for those left out."""
     examples, bad = [], []

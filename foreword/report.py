@@ -93,7 +93,7 @@ def _plot(draw: Callable[[Any], None], height: float = 4.2, **axes: Any) -> str:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    style = {
+    style: Any = {
         "svg.fonttype": "none", "svg.hashsalt": "foreword", "font.family": "sans-serif", "font.size": 11,
         "text.color": _INK, "axes.edgecolor": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 2,

@@ -38,10 +38,11 @@ def test_adapters_stand_behind_attention_and_feed_forward_and_start_as_nothing(f
     with adapted(model, adapters):
         torch.testing.assert_close(model(ids).logits, before)
         model(ids).logits.square().sum().backward()
-        assert all(bool(adapter.up.weight.grad.any()) for adapter in adapters)
+        learning = [p for name, p in adapters.named_parameters() if "up" in name]
+        assert all(gradient is not None and bool(gradient.any()) for gradient in (p.grad for p in learning))
         with torch.no_grad():
-            for adapter in adapters:
-                adapter.up.bias.normal_()
+            for parameter in learning:
+                parameter.normal_()
         assert not torch.allclose(model(ids).logits, before)
     torch.testing.assert_close(model(ids).logits, before)
 
@@ -52,7 +53,9 @@ def test_an_adapter_is_what_houlsby_et_al_draw():
         for parameter in adapter.parameters():
             parameter.normal_()
     x = torch.randn(3, 4, dtype=torch.float64)
-    by_hand = x + nn.functional.gelu(x @ adapter.down.weight.T + adapter.down.bias) @ adapter.up.weight.T + adapter.up.bias
+    by_hand = (
+        x + nn.functional.gelu(x @ adapter.down.weight.T + adapter.down.bias) @ adapter.up.weight.T + adapter.up.bias
+    )
     torch.testing.assert_close(adapter(x), by_hand)
 
 
@@ -73,17 +76,17 @@ def test_each_method_learns_and_leaves_the_base_as_it_was(name, precision, examp
         assert found.loss < start
         assert found.curve[-1] == (12, found.loss)
         assert found.trained == sum(p.numel() for p in subject.parameters)
-        assert found.peak_bytes > sum(p.numel() * p.element_size() for p in model.parameters())
+        assert (found.peak_bytes or 0) > sum(p.numel() * p.element_size() for p in model.parameters())
     assert (digest(model), [*model.state_dict()]) == (before, parts)
     with method.open(model, method.size and 4, 0) as subject:
         restore(subject, found.state)
-        rate = {"rel": 1e-5} if precision == torch.float32 else {"rel": 1e-2}
+        rate = 1e-5 if precision == torch.float32 else 1e-2
         if subject.fold is None:
             loss = held_out_loss(subject.model, examples[:4], 4, subject.skipped)
         else:  # the base answers with the prefix that equals what was trained
             with attach(model, subject.fold()):
                 loss = held_out_loss(model, examples[:4], 4)
-        assert loss == pytest.approx(found.loss, **rate)
+        assert loss == pytest.approx(found.loss, rel=rate)
 
 
 def test_steps_too_small_for_bfloat16_are_not_lost(examples):

@@ -51,10 +51,11 @@ def test_what_cannot_be_measured_is_told(monkeypatch):
 
 
 if SCORED:
+    FOLDER = Path(SCORED)
 
     def scored() -> tuple[list[str], list[list[str]]]:
-        blocks = Path(SCORED, "references.txt").read_text("utf-8").strip("\n").split("\n\n")
-        return Path(SCORED, "outputs.txt").read_text("utf-8").splitlines(), [block.splitlines() for block in blocks]
+        blocks = (FOLDER / "references.txt").read_text("utf-8").strip("\n").split("\n\n")
+        return (FOLDER / "outputs.txt").read_text("utf-8").splitlines(), [block.splitlines() for block in blocks]
 
     def test_figures_are_those_of_the_official_scorer():
         assert text_figures(["bleu", "nist"], *scored()) == {"bleu": 66.36, "nist": 8.6435}
