@@ -1,7 +1,7 @@
 """Turn the E2E NLG files (`slots||reference` lines) into rows: python benchmarks/e2e_rows.py FOLDER OUT [--train 500].
 
-Writes OUT/train.jsonl with `--train` pairs drawn with a fixed seed, and OUT/test.jsonl with every distinct test input and
-all of its references.
+Writes OUT/train.jsonl with `--train` pairs drawn with a fixed seed (0: all of them, 42,061), OUT/valid.jsonl with all
+validation pairs, and OUT/test.jsonl with every distinct test input and all of its references.
 """
 
 import argparse
@@ -26,15 +26,17 @@ def write(path: Path, rows: list[dict[str, object]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="holds src1_train.txt and src1_test.txt")
+    parser.add_argument("folder", type=Path, help="holds src1_train.txt, src1_valid.txt and src1_test.txt")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--train", type=int, default=500, help="training rows (default 500)")
+    parser.add_argument("--train", type=int, default=500, help="training rows (default 500; 0: all)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    pairs = [(prompt, ref) for prompt, refs in read(options.folder / "src1_train.txt").items() for ref in refs]
-    chosen = random.Random(options.seed).sample(pairs, options.train)
-    write(options.out / "train.jsonl", [{"prompt": prompt, "completion": ref} for prompt, ref in chosen])
+    for part in ("train", "valid"):
+        pairs = [(prompt, ref) for prompt, refs in read(options.folder / f"src1_{part}.txt").items() for ref in refs]
+        if part == "train":
+            pairs = random.Random(options.seed).sample(pairs, options.train or len(pairs))
+        write(options.out / f"{part}.jsonl", [{"prompt": prompt, "completion": ref} for prompt, ref in pairs])
     test = read(options.folder / "src1_test.txt")
     rows = [{"prompt": prompt, "completion": refs[0], "references": refs} for prompt, refs in test.items()]
     write(options.out / "test.jsonl", rows)

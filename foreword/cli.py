@@ -12,6 +12,7 @@ import typer
 from rich.markup import escape
 
 from . import __version__
+from .comparing import compare
 from .console import counting, err, human_bytes, out, table, training_bar
 from .errors import ConfigError, DataError, ForewordError
 from .listing import Json, PrefixFile, list_, show
@@ -123,6 +124,9 @@ def evaluate(
             help="Where the confusion matrix of labels is drawn.", show_default="beside the prefix, *.confusion.png"
         ),
     ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="For example bleu,nist,meteor.", show_default="those of the task")
+    ] = None,
     max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = 32,
     device: Device = None,
@@ -134,13 +138,15 @@ def evaluate(
 
     A prefix with a head is measured alone; its labels' confusion matrix is drawn.
     """
-    from .evaluation import contestants, evaluate
+    from .evaluation import check_metrics, contestants, evaluate
     from .scores import draw_confusion
     from .store import load, save
     from .tasks import read, task_of
 
     loaded = load(prefix)
     task, asked = task_of(loaded), contestants(loaded, compare and [name for name in compare if name != "none"])
+    names = None if metrics is None else metrics.split(",")
+    titles = check_metrics(loaded, names)
     if confusion is not None and task.labels is None:
         raise ConfigError("--confusion: this prefix answers with no labels, so there is no confusion matrix.")
     rows, bad = read(task, data, skip_bad=skip_bad_rows)
@@ -154,6 +160,7 @@ def evaluate(
             compare=asked,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
+            metrics=names,
             on_rows=count,
         )
     if answers is not None:
@@ -173,8 +180,8 @@ def evaluate(
         return
     if bad:
         err.print(f"Left out {len(bad)} bad rows.")
-    body = [[name, *(figures[key] for key in task.metrics)] for name, figures in result.metrics.items()]
-    out.print(table([f"{len(rows)} rows", *task.metrics.values()], body))
+    body = [[name, *(figures[key] for key in titles)] for name, figures in result.metrics.items()]
+    out.print(table([f"{len(rows)} rows", *titles.values()], body))
     if "confusion" in details:
         err.print(f"Confusion matrix: {confusion}")
 
@@ -276,6 +283,7 @@ def compose(
     )
 
 
+app.command()(compare)
 app.command("list")(list_)
 app.command()(show)
 

@@ -3,7 +3,6 @@
 An encoder-decoder reads the prompt in its encoder, and its decoder says the completion.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -20,6 +19,7 @@ from .data import IGNORED, Batch, Example, Row, completion_row, prompt_ids
 from .data import collate as gather
 from .data import encode as encode_completions
 from .losses import cross_entropy, head_cross_entropy, is_plain_head
+from .metrics import TEXT_METRICS, text_figures
 from .prefix import Prefix
 
 __all__ = [
@@ -35,14 +35,14 @@ __all__ = [
     "row",
 ]
 
-METRICS = {"exact_match": "exact match %", "rouge_l": "ROUGE-L", "bleu": "BLEU"}
+METRICS = {name: TEXT_METRICS[name].title for name in ("exact_match", "rouge_l", "bleu")}  # unless others are asked for
 
 
 row = completion_row
 
 
 def encode(
-    rows: Sequence[Row],
+    rows: Sequence[Row | Example],
     tokenizer: PreTrainedTokenizerBase,
     about: dict[str, Any],
     max_length: int,
@@ -187,7 +187,9 @@ def answer(
         own = [torch.tensor(prompts[i]) for i in chosen]
         ids = pad_sequence(own, True, pad, side).to(input_device(model))
         mask = pad_sequence([torch.ones_like(row) for row in own], True, 0, side).to(input_device(model))
-        with attach(model, [prefixes[i] for i in chosen]), torch.inference_mode():
+        seen = [prefixes[i] for i in chosen]
+        shared = seen[0] if seen[0] is not None and all(prefix is seen[0] for prefix in seen) else None
+        with attach(model, shared or seen), torch.inference_mode():
             output = cast(Any, model).generate(input_ids=ids, attention_mask=mask, generation_config=settings)
         texts = tokenizer.batch_decode(output if encoder else output[:, ids.shape[1] :], skip_special_tokens=True)
         for i, text in zip(chosen, texts, strict=True):
@@ -197,33 +199,13 @@ def answer(
     return answers
 
 
-def measure(answers: Sequence[str], rows: Sequence[Row]) -> dict[str, float]:
-    """Exact match in percent of the rows, ROUGE-L F1 (best reference, mean over rows), lowercased BLEU of the corpus.
-
-    ROUGE-L: rouge-score with stemming off. BLEU: sacrebleu with `lowercase=True` and all references.
+def measure(answers: Sequence[str], rows: Sequence[Row], metrics: Sequence[str] = tuple(METRICS)) -> dict[str, float]:
+    """Figures of the answers, each compared with all of its row's right answers: see `metrics.TEXT_METRICS`.
 
     Example:
         >>> from foreword.data import read_rows
         >>> rows, _ = read_rows([{"prompt": "?", "completion": "The cat sat down here."}])
-        >>> measure(["the cat sat down here."], rows)["bleu"]
-        100.0
+        >>> measure(["the cat sat down here."], rows, ["bleu"])
+        {'bleu': 100.0}
     """
-    import sacrebleu
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"])
-    pairs = list(zip(answers, (row.answers for row in rows), strict=True))
-    exact = [any(_squeezed(text) == _squeezed(right) for right in rights) for text, rights in pairs]
-    rouge = [max(scorer.score(right, text)["rougeL"].fmeasure for right in rights) for text, rights in pairs]
-    most = max(len(row.answers) for row in rows)
-    references: Any = [[row.answers[k] if k < len(row.answers) else None for row in rows] for k in range(most)]
-    bleu = sacrebleu.corpus_bleu(list(answers), references, lowercase=True, force=True).score
-    return {
-        "exact_match": round(100 * sum(exact) / len(rows), 2),
-        "rouge_l": round(100 * sum(rouge) / len(rows), 2),
-        "bleu": round(bleu, 2),
-    }
-
-
-def _squeezed(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip()
+    return text_figures(metrics, answers, [row.answers for row in rows])

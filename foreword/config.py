@@ -18,6 +18,7 @@ class PrefixConfig:
         num_virtual_tokens: P, the number of key and value vectors that each attention site sees.
         num_encoder_virtual_tokens: P in the encoder of an encoder-decoder; by default the same. 0: no prefix there.
         num_cross_virtual_tokens: P where a decoder attends to an encoder; by default the same. 0: no prefix there.
+        num_layers: how many attention layers see the prefix, counted from the input; by default all.
         initialization: where the first keys and values come from. `demonstrations`: training rows, compacted into
             `num_virtual_tokens`; `text`: `init_text`; `random`: keys and values drawn with the statistics of the
             model's own; `noop`: random ones behind closed gates, so that step 0 equals the base exactly. By default
@@ -34,6 +35,7 @@ class PrefixConfig:
     num_virtual_tokens: int = 16
     num_encoder_virtual_tokens: int | None = None
     num_cross_virtual_tokens: int | None = None
+    num_layers: int | None = None
     initialization: Literal["demonstrations", "text", "random", "noop"] | None = None
     num_demonstrations: int = 3
     init_text: str | None = None
@@ -45,6 +47,8 @@ class PrefixConfig:
         for name in ("num_virtual_tokens", "num_demonstrations", "mlp_width"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.num_layers is not None and self.num_layers < 1:
+            raise ConfigError(f"num_layers must be at least 1, got {self.num_layers}.")
         for name in ("num_encoder_virtual_tokens", "num_cross_virtual_tokens"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}.")

@@ -96,9 +96,6 @@ class HeadRow:
         return list(self.references) or [self.answer]
 
 
-Data = str | Path | Iterable[dict[str, Any] | Row | HeadRow]
-
-
 @dataclass(frozen=True)
 class Example:
     """A row as token ids: prompt, then completion with the token that ends it.
@@ -121,6 +118,9 @@ class Example:
         if self.labels is None:
             return len(self.input_ids) - self.prompt_length
         return sum(label != IGNORED for label in self.labels)
+
+
+Data = str | Path | Iterable[dict[str, Any] | Row | HeadRow | Example]  # rows encoded before are taken as they are
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def read_checked(
         try:
             if isinstance(raw, DataError):
                 raise raw
-            rows.append(check(raw, source))
+            rows.append(raw if isinstance(raw, Example) else check(raw, source))
         except DataError as error:
             if not skip_bad:
                 raise DataError(f"{error} Mend the row, or leave bad rows out with --skip-bad-rows.") from None
@@ -279,14 +279,14 @@ def prompt_ids(row: Row, tokenizer: PreTrainedTokenizerBase, template: str | Non
 
 
 def encode(
-    rows: Sequence[Row],
+    rows: Sequence[Row | Example],
     tokenizer: PreTrainedTokenizerBase,
     template: str | None,
     max_length: int,
     skip_bad: bool = False,
     encoder: bool = False,
 ) -> tuple[list[Example], list[str]]:
-    """Rows as token ids; the completion ends with the token that ends a turn.
+    """Rows as token ids; the completion ends with the token that ends a turn. Rows encoded before stay as they are.
 
     Prompt and completion are tokenized apart, because generation starts from the prompt's own tokens; with `encoder`,
     an encoder reads the prompt, and the completion is what the tokenizer makes of a target.
@@ -310,13 +310,13 @@ def encode(
 
 
 def encode_each(
-    rows: Sequence[AnyRow], one: Callable[[AnyRow], Example], max_length: int, skip_bad: bool = False
+    rows: Sequence[Any], one: Callable[[Any], Example], max_length: int, skip_bad: bool = False
 ) -> tuple[list[Example], list[str]]:
     """The rows that `one` can encode in at most `max_length` tokens, and the reasons for those left out."""
     examples, bad = [], []
     for row in rows:
         try:
-            example = one(row)
+            example = row if isinstance(row, Example) else one(row)
             if len(example.input_ids) > max_length:
                 size = f"{len(example.input_ids)} tokens, more than max_length={max_length}"
                 raise DataError(f"{example.source}: {size}. Raise --max-length, shorten the row.")

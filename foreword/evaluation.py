@@ -9,10 +9,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .data import Data
 from .errors import ConfigError
 from .initialization import text_prefix
+from .metrics import TEXT_METRICS, check_text_metrics
 from .prefix import Prefix
 from .tasks import read, task_of
 
-__all__ = ["Evaluation", "contestants", "evaluate"]
+__all__ = ["Evaluation", "check_metrics", "contestants", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def evaluate(
     batch_size: int = 32,
     max_new_tokens: int | None = None,
     skip_bad_rows: bool = False,
+    metrics: Sequence[str] | None = None,
     on_rows: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Answer every row with the prefix, and with what it is compared to; measure the answers.
@@ -64,13 +66,17 @@ def evaluate(
         batch_size: rows answered at a time.
         max_new_tokens: where an answer is cut; by default half as long again as the longest right answer.
         skip_bad_rows: leave bad rows out.
+        metrics: figures of generated answers, by their names in `metrics.TEXT_METRICS`; by default exact match, ROUGE-L and
+            BLEU.
         on_rows: called with the number of rows just answered, after each batch.
 
     Raises:
-        ConfigError: `compare` names something else, or the prefix did not start from demonstrations.
+        ConfigError: `metrics` names one that is not known, needs what is not installed, or does not measure this task;
+            `compare` names something else, or the prefix did not start from demonstrations.
         DataError: a row cannot be used.
     """
     task, names = task_of(prefix), contestants(prefix, compare)
+    check_metrics(prefix, metrics)
     rows, _ = read(task, data, skip_bad=skip_bad_rows)
     prefixes: dict[str, Prefix | None] = {"prefix": prefix}
     for name in names:
@@ -88,13 +94,31 @@ def evaluate(
         **task.options(asked, tokenizer, prefix, max_new_tokens),
     )
     answers = {name: found[i * len(rows) : (i + 1) * len(rows)] for i, name in enumerate(prefixes)}
-    figures = {name: task.measure(own, rows) for name, own in answers.items()}
+    chosen = {} if metrics is None else {"metrics": metrics}
+    figures = {name: task.measure(own, rows, **chosen) for name, own in answers.items()}
     return Evaluation(
         rows,
         answers,
         {name: metrics for name, (metrics, _) in figures.items()},
         {name: details for name, (_, details) in figures.items()},
     )
+
+
+def check_metrics(prefix: Prefix, metrics: Sequence[str] | None) -> dict[str, str]:
+    """The titles of the metrics, or of those of the prefix's task.
+
+    Raises:
+        ConfigError: one of them is not known, or cannot be measured here.
+    """
+    task = task_of(prefix)
+    if metrics is None:
+        return task.metrics
+    if task.has_head:
+        raise ConfigError(
+            f"metrics are for generated answers; this prefix has a head, measured by {', '.join(task.metrics)}."
+        )
+    check_text_metrics(metrics)
+    return {name: TEXT_METRICS[name].title for name in metrics}
 
 
 def contestants(prefix: Prefix, compare: Sequence[str] | None = None) -> list[str]:

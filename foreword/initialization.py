@@ -22,7 +22,15 @@ from .fingerprint import fingerprint
 from .kernels import Prefixes, concatenate, extend_mask
 from .prefix import AttentionSite, Prefix, SiteTensors
 
-__all__ = ["compact_prefix", "demonstrate", "initialize", "noop_prefix", "random_prefix", "text_prefix"]
+__all__ = [
+    "compact_prefix",
+    "demonstrate",
+    "embedding_prefix",
+    "initialize",
+    "noop_prefix",
+    "random_prefix",
+    "text_prefix",
+]
 
 _NOOP_GATE = 1e-30  # adds nothing that a float format can see, yet its gradient is exact
 _RANDOM_TOKENS = 64
@@ -49,8 +57,19 @@ def initialize(
         seed: for the starts that draw random numbers.
 
     Raises:
-        ConfigError: no rows are left besides the demonstrations, or the text is empty.
+        ConfigError: no rows are left besides the demonstrations, the text is empty, or the model has fewer layers.
     """
+    start = _initialize(model, tokenizer, examples, config, seed)
+    return start if config.num_layers is None else _first_layers(start, config.num_layers)
+
+
+def _initialize(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    config: PrefixConfig,
+    seed: int,
+) -> Prefix:
     if config.initialization == "random":
         return random_prefix(model, _lengths(model, config), seed)
     if config.initialization == "noop":
@@ -68,6 +87,24 @@ def initialize(
     return prefix
 
 
+def _first_layers(prefix: Prefix, count: int) -> Prefix:
+    """The prefix at the first `count` sites of each kind; the layers above see none."""
+    own = {kind: [i for i, site in enumerate(prefix.sites) if site.kind == kind] for kind in prefix.lengths}
+    if count > (most := max(map(len, own.values()))):
+        raise ConfigError(
+            f"num_layers is {count}, but the model has {most} layers with attention. Ask for at most {most}."
+        )
+    kept = sorted(i for numbers in own.values() for i in numbers[:count])
+    tensors = prefix.tensors()
+    return Prefix(
+        [prefix.sites[i] for i in kept],
+        [tensors[i] for i in kept],
+        position_offset=prefix.position_offset,
+        base=prefix.base,
+        metadata=prefix.metadata,
+    )
+
+
 def text_prefix(model: PreTrainedModel, input_ids: Sequence[int]) -> Prefix:
     """The prefix that equals having these tokens in context: their own keys and values.
 
@@ -80,6 +117,14 @@ def text_prefix(model: PreTrainedModel, input_ids: Sequence[int]) -> Prefix:
     seen = _observe(model, _batch_of_one(model, input_ids))
     tensors = [SiteTensors(s.key[0].transpose(0, 1), s.value[0].transpose(0, 1)) for s in seen]
     return _prefix(model, tensors, attention_sink=True)
+
+
+def embedding_prefix(model: PreTrainedModel, embeddings: Float[Tensor, "P C"]) -> Prefix:
+    """The prefix that equals having these embeddings, for example a trained soft prompt, in front of every text."""
+    own = embeddings.to(input_device(model), model.dtype)
+    seen = _record(model, model, {"inputs_embeds": own[None], "use_cache": False})
+    tensors = [SiteTensors(s.key[0].transpose(0, 1), s.value[0].transpose(0, 1)) for s in seen]
+    return _prefix(model, tensors)
 
 
 def random_prefix(model: PreTrainedModel, num_virtual_tokens: int | Mapping[str, int], seed: int = 0) -> Prefix:

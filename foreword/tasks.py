@@ -42,7 +42,7 @@ class Task:
         loss: the summed loss of each run's rows.
         options: how to answer when measuring.
         answer: the answers to rows.
-        measure: figures of answers, and details.
+        measure: figures of answers to rows, and details; of completions those of the `metrics` given.
     """
 
     has_head: bool
@@ -61,7 +61,7 @@ class Task:
     loss: Callable[[PreTrainedModel, Any], Tensor]
     options: Callable[[Sequence[Any], PreTrainedTokenizerBase, Prefix, int | None], dict[str, Any]]
     answer: Callable[..., list[Any]]
-    measure: Callable[[Sequence[Any], Sequence[Any]], tuple[dict[str, float], dict[str, Any]]]
+    measure: Callable[..., tuple[dict[str, float], dict[str, Any]]]
 
 
 def _no_prompt(prompt: str) -> dict[str, Any]:
@@ -110,7 +110,7 @@ TASKS = {
         loss=completion.loss,
         options=completion.options,
         answer=completion.answer,
-        measure=lambda answers, rows: (completion.measure(answers, rows), {}),
+        measure=lambda answers, rows, **chosen: (completion.measure(answers, rows, **chosen), {}),
     ),
     "classification": _head(
         classification,

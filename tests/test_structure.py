@@ -11,17 +11,19 @@ import foreword
 PACKAGE = Path(foreword.__file__).parent
 LEVELS = [
     ["errors", "heads", "token_kernels", "triton_kernels"],
-    ["config", "fingerprint", "kernels", "losses", "prefix", "scores", "sources"],
+    ["config", "fingerprint", "kernels", "losses", "memory", "metrics", "prefix", "report", "scores", "sources"],
     ["attention", "data", "options", "reparameterization", "runs", "store"],
     ["anatomy"],
-    ["attachment", "composition", "initialization"],
-    ["completion", "encoding"],
+    ["adapters", "attachment", "composition", "initialization"],
+    ["baselines", "completion", "encoding"],
     ["classification", "question_answering", "token_classification"],
     ["tasks"],
     ["evaluation", "loop", "models"],
     ["training"],
+    ["comparison"],
     ["console"],
     ["demo", "listing"],
+    ["comparing"],
     ["cli"],
 ]
 
