@@ -83,20 +83,16 @@ def stack(
     longest = max(len(key) for key, _, _ in entries)
     biases = None
     if any(bias is not None or len(key) < longest for key, _, bias in entries):
-        biases = torch.stack(
-            [
-                pad(
-                    key.new_zeros(key.shape[:2]) if bias is None else bias,
-                    (0, 0, 0, longest - len(key)),
-                    value=-torch.inf,
-                )
-                for key, _, bias in entries
-            ]
-        )
+        biases = torch.stack([_filled_bias(key, bias, longest) for key, _, bias in entries])
     keys, values = (
         torch.stack([pad(entry[i], (0, 0, 0, 0, 0, longest - len(entry[i]))) for entry in entries]) for i in (0, 1)
     )
     return Prefixes(keys, values, biases, rows)
+
+
+def _filled_bias(key: Tensor, bias: Tensor | None, longest: int) -> Tensor:
+    own = key.new_zeros(key.shape[:2]) if bias is None else bias
+    return pad(own, (0, 0, 0, longest - len(key)), value=-torch.inf)
 
 
 # ----------------------------------------------------------------------------------------------- the reference path
