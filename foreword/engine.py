@@ -8,7 +8,7 @@ knows no text and no HTTP, and what submits requests knows no model, so that ano
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from .errors import ForewordError
 from .prefix import Prefix
@@ -23,7 +23,7 @@ class PrefixVersion:
     name: str
     version: str  # SHA-256 of the file, in hexadecimal
     path: Path  # where the file was when the request came; by now it may hold a newer version
-    virtual_tokens: int  # positions that the prefix takes before the first real token
+    position_offset: int  # of the prefix: the first real token has this position
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One answer to be made. The first real token has position `prefix.virtual_tokens`."""
+    """One answer to be made. The first real token has position `prefix.position_offset`, or 0."""
 
     id: str  # unique among the requests that an engine has
     prompt: tuple[int, ...]
@@ -111,6 +111,7 @@ class Stats:
     prefix_bytes: dict[str, int] = field(default_factory=dict)  # by where they are: device, host
 
 
+@runtime_checkable
 class Engine(Protocol):
     """What an engine promises.
 
