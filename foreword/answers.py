@@ -4,15 +4,16 @@ Knows no HTTP. Everything here runs on one event loop.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from .engine import Engine, Event, Failed, Request, Token
+from .errors import ForewordError
 
-__all__ = ["Answer", "Piece", "Reader"]
+__all__ = ["Answer", "Piece", "Reader", "merged"]
 
 _UNFINISHED = "\ufffd"  # what a tokenizer makes of bytes that are no whole character
 
@@ -106,7 +107,7 @@ class Answer:
 
         engine.submit(request, emit)
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece]:
         """The parts of the answer as they come; the last one has a `finish`."""
         try:
             while True:
@@ -135,3 +136,38 @@ class Answer:
     def close(self) -> None:
         """End the request, if it has not ended. For answers that are not iterated over to the end."""
         self._engine.cancel(self.request.id)
+
+
+async def merged(answers: Sequence[Answer]) -> AsyncGenerator[tuple[int, Piece]]:
+    """The pieces of several answers as they come, each with its answer's number.
+
+    Raises:
+        ForewordError: one of them failed; the others are cancelled.
+    """
+    pieces = asyncio.Queue[tuple[int, Piece] | BaseException | None]()
+
+    async def pump(number: int, answer: Answer) -> None:
+        try:
+            async for piece in answer.pieces():
+                pieces.put_nowait((number, piece))
+            pieces.put_nowait(None)
+        except ForewordError as error:
+            pieces.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(number, answer)) for number, answer in enumerate(answers)]
+    try:
+        left = len(tasks)
+        while left:
+            item = await pieces.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                left -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for answer in answers:  # a task that never began did not close its own
+            answer.close()

@@ -255,13 +255,15 @@ class BatchingEngine:
                     if self._rows:
                         self._decode()
                     self._prefill()
-        except Exception as error:  # the model itself failed: nobody can be served any more
+        except Exception as error:  # noqa: BLE001  # the model itself failed: nobody can be served any more
             _log.exception("the engine failed")
             self._failure = error
         finally:
             with self._lock:
                 self._deadline = self._deadline or 0.0
-            reason = "The engine has failed." if self._failure else "The server was shut down before the answer was whole."
+            reason = (
+                "The engine has failed." if self._failure else "The server was shut down before the answer was whole."
+            )
             for job in list(self._jobs.values()):
                 self._end(job, Failed(ShutdownError(reason)))
             self._attachment.detach()
@@ -452,7 +454,7 @@ class BatchingEngine:
 def _tell(job: _Job, event: Token | Finished | Failed) -> None:
     try:
         job.emit(event)
-    except Exception:  # its listener is gone; that is no reason to fail the others
+    except Exception:  # noqa: BLE001  # its listener is gone; that is no reason to fail the others
         _log.exception("request %s: nobody takes its events", job.request.id)
         job.cancelled = True
 

@@ -135,6 +135,10 @@ class Catalog:
             self._versions[entry.stamp] = hashlib.sha256(content).hexdigest()
         return PrefixVersion(entry.name, self._versions[entry.stamp], entry.path, entry.header["position_offset"])
 
+    def known_version(self, entry: Entry) -> str | None:
+        """SHA-256 of the file, if it has been needed before."""
+        return self._versions.get(entry.stamp)
+
     def put(self, name: str, content: bytes, allowed: Callable[[bool], None] | None = None) -> tuple[Entry, bool]:
         """Check a file's content whole, then give it this name; the old content goes.
 

@@ -66,8 +66,15 @@ class KeyFile:
     path: Path
     _stamp: tuple[int, int] | None = None
     _keys: tuple[Key, ...] = field(default=())
+    _existed: bool = False
 
-    def keys(self) -> tuple[Key, ...]:
+    @property
+    def exist(self) -> bool:
+        """Whether there is, or was, such a file: a server that has had keys is never open again."""
+        self._existed = self._existed or self.path.exists()
+        return self._existed
+
+    def all(self) -> tuple[Key, ...]:
         """All keys, as the file has them now."""
         try:
             stat = self.path.stat()
@@ -81,7 +88,7 @@ class KeyFile:
     def find(self, given: str) -> Key | None:
         """The key that was given, if it is one. Takes as long for each wrong key."""
         digest, found = _digest(given), None
-        for key in self.keys():
+        for key in self.all():
             if hmac.compare_digest(key.digest, digest):
                 found = key
         return found
@@ -99,11 +106,11 @@ class KeyFile:
         Raises:
             ConfigError: there is a key of this name.
         """
-        if any(key.name == name for key in self.keys()):
+        if any(key.name == name for key in self.all()):
             raise ConfigError(f"{self.path} has a key named {name!r} already. Remove it first, or choose another name.")
         text = f"fw-{secrets.token_urlsafe(32)}"
         key = Key(name, _digest(text), tuple(scopes), tuple(prefixes), max_prefixes, max_requests)
-        self._write([*self.keys(), key])
+        self._write([*self.all(), key])
         return text
 
     def remove(self, name: str) -> None:
@@ -112,8 +119,8 @@ class KeyFile:
         Raises:
             ConfigError: there is no key of this name.
         """
-        left = [key for key in self.keys() if key.name != name]
-        if len(left) == len(self.keys()):
+        left = [key for key in self.all() if key.name != name]
+        if len(left) == len(self.all()):
             raise ConfigError(f"{self.path} has no key named {name!r}: {', '.join(k.name for k in left) or 'none'}.")
         self._write(left)
 

@@ -117,7 +117,7 @@ class Residency:
         except ForewordError as error:
             found, origin = error, None
         except Exception as error:  # noqa: BLE001  # whatever it was, those who wait for it are told
-            found, origin = PrefixFileError(f"{wanted.path}: {type(error).__name__}: {error}"), None
+            found, origin = PrefixFileError(f"{wanted.path.name}: {type(error).__name__}: {error}"), None
         with self._lock:
             waiting = self._loading.pop(wanted.version)
             self._reserved -= size
@@ -140,10 +140,10 @@ class Residency:
         except FileNotFoundError:
             raise PrefixChangedError(f"Prefix {wanted.name!r} was deleted.") from None
         except OSError as error:
-            raise PrefixFileError(f"{wanted.path}: cannot be read: {error}") from None
+            raise PrefixFileError(f"Prefix {wanted.name!r}: its file cannot be read: {error.strerror}") from None
         if hashlib.sha256(content).hexdigest() != wanted.version:
             raise PrefixChangedError(f"Prefix {wanted.name!r} was replaced.")
-        prefix = load_bytes(content, wanted.path).requires_grad_(False)
+        prefix = load_bytes(content, wanted.path.name).requires_grad_(False)
         self._check(prefix)
         for parameter in (*prefix.keys, *prefix.values):  # gates stay as exact as they are
             parameter.data = parameter.data.to(self._device, self._dtype)

@@ -7,23 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from tiny import CACHE
 from zoo import make_model, named, tokens
 
 import foreword
 from foreword.batching import BatchingEngine, BatchLimits
-from foreword.engine import Event, Failed, Finished, PrefixVersion, Request, Sampling, Token
-from foreword.errors import (
-    ModelMismatchError,
-    OverloadedError,
-    PositionError,
-    PrefixChangedError,
-    PrefixFileError,
-    ShutdownError,
-    UnsupportedModelError,
-)
+from foreword.engine import Event, Finished, PrefixVersion, Request, Sampling, Token
 from foreword.initialization import noop_prefix, random_prefix
 
 VOCABULARY = 256

@@ -11,17 +11,17 @@ import foreword
 PACKAGE = Path(foreword.__file__).parent
 LEVELS = [
     ["errors", "heads", "token_kernels", "triton_kernels"],
-    ["config", "fingerprint", "kernels", "losses", "prefix", "scores", "sources"],
-    ["attention", "data", "options", "reparameterization", "runs", "store"],
-    ["anatomy"],
-    ["attachment", "composition", "initialization"],
-    ["completion", "encoding"],
+    ["config", "fingerprint", "kernels", "keys", "losses", "prefix", "queueing", "scores", "slots", "sources"],
+    ["attention", "data", "engine", "options", "reparameterization", "runs", "schemas", "store"],
+    ["anatomy", "answers", "catalog", "metrics", "residency", "sampling"],
+    ["attachment", "composition", "initialization", "responses", "service"],
+    ["batching", "completion", "encoding", "gateway"],
     ["classification", "question_answering", "token_classification"],
     ["tasks"],
     ["evaluation", "loop", "models"],
     ["training"],
-    ["console"],
-    ["demo", "listing"],
+    ["console", "server"],
+    ["demo", "listing", "serving"],
     ["cli"],
 ]
 
