@@ -298,9 +298,9 @@ def test_what_is_no_prefix_for_this_base_is_refused_and_leaves_nothing(client, s
 
 @pytest.mark.parametrize("name", ["..%2Fowl", ".hidden", "a%2Fb", "a%00b", "x" * 65, "%2e%2e", "ä", BASE])
 def test_names_cannot_leave_the_store(client, service, files, name):
-    before = {path for path in service.catalog.folder.parent.rglob("*")}
+    before = set(service.catalog.folder.parent.rglob("*"))
     assert client.put(f"/v1/prefixes/{name}", content=files["owl"]).status_code in (404, 405, 422)
-    assert {path for path in service.catalog.folder.parent.rglob("*")} == before
+    assert set(service.catalog.folder.parent.rglob("*")) == before
 
 
 # ------------------------------------------------------------------------------------------------------------- keys
