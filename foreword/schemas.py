@@ -12,6 +12,7 @@ __all__ = [
     "CompletionRequest",
     "ErrorBody",
     "GenerationRequest",
+    "Model",
     "ModelList",
     "PrefixInfo",
     "PrefixList",
