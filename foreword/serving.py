@@ -127,7 +127,9 @@ def _run(app: Any, service: "Service", host: str, port: int, drain: float) -> No
             if not service.draining:  # the first signal: no new requests, and so many seconds for the others
                 service.draining = True
                 threading.Thread(target=service.engine.close, args=(drain,), daemon=True).start()
-            super().handle_exit(sig, frame)
+                self.should_exit = True  # and end as any program that is done, not by the signal as uvicorn would
+            else:
+                self.force_exit = True
 
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)

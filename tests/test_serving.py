@@ -1,5 +1,6 @@
 """`foreword serve` and `foreword keys` as a user runs them, and a real model behind a real socket."""
 
+import asyncio
 import json
 import os
 import re
@@ -17,6 +18,8 @@ import pytest
 from zoo import make_model
 
 import foreword
+from foreword.completion import answer
+from foreword.data import read_rows
 from foreword.initialization import random_prefix
 
 
@@ -93,14 +96,14 @@ def test_mistakes_end_in_one_message(run, store, model_folder, options, told):
 
 def test_a_server_answers_and_stops_when_told(start, store, model_folder):
     server = start("--model", model_folder, "--store", store, "--name", "tiny", "--precision", "float32")
-    api = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-    assert [model.id for model in api.models.list()] == ["tiny", "tiny:owl"]
-    stream = api.completions.create(
-        model="owl", prompt="hi", max_tokens=400, temperature=0, stream=True, extra_body={"ignore_eos": True}
-    )
-    first = next(iter(stream))
-    server.process.send_signal(signal.SIGTERM)
-    chunks = [first, *stream]  # what runs is finished
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as api:
+        assert [model.id for model in api.models.list()] == ["tiny", "tiny:owl"]
+        stream = api.completions.create(
+            model="owl", prompt="hi", max_tokens=400, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
+        first = next(iter(stream))
+        server.process.send_signal(signal.SIGTERM)
+        chunks = [first, *stream]  # what runs is finished
     assert chunks[-1].choices[0].finish_reason == "length"
     log = server.stop()
     assert server.process.returncode == 0, log
@@ -174,29 +177,26 @@ def test_the_real_model_answers_with_prefixes_side_by_side(start, tmp_path, monk
     server = start("--model", "smollm2", "--store", store, "--precision", "float32")
     questions = ["Where is my order?", "What is the capital of France?"]
     asked = [(name, question) for name in ("", "pirate", "json") for question in questions]
-    right = foreword.completion.answer(
+    right = answer(
         base.model,
         base.tokenizer,
-        foreword.data.read_rows([{"prompt": question} for _, question in asked], completions=False)[0],
+        read_rows([{"prompt": question} for _, question in asked], completions=False)[0],
         [None if not name else foreword.load(store / f"{name}.safetensors") for name, _ in asked],
         batch_size=1,
         max_new_tokens=12,
     )
 
     async def ask_all() -> list[str]:
-        import asyncio
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as api:
 
-        api = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none")
+            async def one(name: str, question: str) -> str:
+                messages: Any = [{"role": "user", "content": question}]
+                chat = await api.chat.completions.create(
+                    model=name or "smollm2", messages=messages, max_tokens=12, temperature=0
+                )
+                return chat.choices[0].message.content or ""
 
-        async def one(name: str, question: str) -> str:
-            chat = await api.chat.completions.create(
-                model=name or "smollm2", messages=[{"role": "user", "content": question}], max_tokens=12, temperature=0
-            )
-            return chat.choices[0].message.content or ""
-
-        return await asyncio.gather(*(one(*pair) for pair in asked))
-
-    import asyncio
+            return await asyncio.gather(*(one(*pair) for pair in asked))
 
     assert [text.strip() for text in asyncio.run(ask_all())] == right
     server.stop()
