@@ -289,15 +289,15 @@ async def throughput(url: str, models: Sequence[str], at_once: int, count: int =
         return tokens / (time.perf_counter() - began)
 
 
-def speeds(url: str, names: Sequence[str], rounds: int = 3) -> dict[str, Any]:
+def speeds(url: str, names: Sequence[str], rounds: int = 2) -> dict[str, Any]:
     """The same load in turns, so that a busy machine meets all alike; medians of the ratios within a round."""
     loads: dict[str, tuple[list[str], int]] = {"16 at once, no prefix": ([""] * 16, 16)}
     if names:
         loads["16 at once, one prefix"] = ([names[0]] * 16, 16)
         loads["16 at once, 8 prefixes"] = ([*names[:8]] * 2, 16)
-        loads["one after another, 8 prefixes"] = ([*names[:8]], 1)
+        loads["one after another"] = ([*names[:4]], 1)
     else:
-        loads["one after another, no prefix"] = ([""] * 8, 1)
+        loads["one after another"] = ([""] * 4, 1)
     for models, at_once in loads.values():
         asyncio.run(throughput(url, models[:4], at_once, 8))
     found = [{name: asyncio.run(throughput(url, *load)) for name, load in loads.items()} for _ in range(rounds)]
@@ -305,7 +305,7 @@ def speeds(url: str, names: Sequence[str], rounds: int = 3) -> dict[str, Any]:
     if names:
         for one, other in (
             ("16 at once, 8 prefixes", "16 at once, one prefix"),
-            ("16 at once, 8 prefixes", "one after another, 8 prefixes"),
+            ("16 at once, 8 prefixes", "one after another"),
         ):
             told[f"{one} / {other}"] = round(statistics.median(r[one] / r[other] for r in found), 2)
     return told
