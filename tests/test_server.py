@@ -9,8 +9,12 @@ from typing import Any
 
 import openai
 import pytest
+import schemathesis
 import torch
 from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import status_code_conformance
 from tiny import make_tokenizer
 from zoo import make_model
 
@@ -22,7 +26,7 @@ from foreword.keys import KeyFile
 from foreword.server import create_app
 from foreword.service import ServerLimits, Service
 
-BASE = "tiny"
+BASE, POSITIVE = "tiny", schemathesis.GenerationMode.POSITIVE
 
 
 @pytest.fixture(scope="module")
@@ -451,3 +455,31 @@ def test_a_client_that_hangs_up_frees_its_row(service, engine):
         while engine.stats().running:
             threading.Event().wait(0.001)
     assert service._in_flight.total() == 0
+
+
+# ------------------------------------------------------------------------------------------------- its description
+
+
+@pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")  # of what schemathesis does
+def test_the_description_holds_for_whatever_is_sent(service):
+    """Every operation of the OpenAPI description, with requests that fit it and requests that do not."""
+    service.limits = replace(service.limits, max_tokens=8)
+    schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(service))
+    quick = settings(
+        max_examples=10, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    tested = []
+    for result in schema.get_all_operations():
+        operation = result.ok()
+        tested.append(operation.label)
+        modes = list(schemathesis.GenerationMode) if operation.body or operation.path_parameters else [POSITIVE]
+        for mode in modes:
+
+            @quick
+            @given(operation.as_strategy(generation_mode=mode))
+            def holds(case):
+                case.call_and_validate(checks=[not_a_server_error, status_code_conformance])
+
+            holds()
+    assert len(tested) == 10
