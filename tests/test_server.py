@@ -466,7 +466,7 @@ def test_the_description_holds_for_whatever_is_sent(service):
     service.limits = replace(service.limits, max_tokens=8)
     schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(service))
     quick = settings(
-        max_examples=10, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+        max_examples=5, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     tested = []
