@@ -17,6 +17,7 @@ from .console import counting, err, human_bytes, out, table, training_bar
 from .errors import ConfigError, DataError, ForewordError
 from .listing import Json, PrefixFile, list_, show
 from .options import read_options, with_flags
+from .serving import keys, serve
 
 if TYPE_CHECKING:
     from .models import Base
@@ -286,6 +287,8 @@ def compose(
 app.command()(compare)
 app.command("list")(list_)
 app.command()(show)
+app.command()(serve)
+app.add_typer(keys)
 
 
 @app.command()

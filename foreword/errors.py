@@ -6,7 +6,11 @@ ForewordError (a ValueError)
 ├── UnsupportedModelError   the model's attention cannot carry a prefix
 ├── ModelMismatchError      the prefix was made for another model
 ├── PrefixFileError         the file is truncated, corrupt, of an unknown version, or no prefix at all
-└── PositionError           prefix plus text overrun the model's table of learned positions
+├── PositionError           prefix plus text overrun the model's table of learned positions
+└── ServingError            a request cannot be served as things are
+    ├── OverloadedError         too many requests wait; try again later
+    ├── PrefixChangedError      the prefix was replaced or deleted before the request started
+    └── ShutdownError           the engine ends, or has failed
 """
 
 __all__ = [
@@ -14,8 +18,12 @@ __all__ = [
     "DataError",
     "ForewordError",
     "ModelMismatchError",
+    "OverloadedError",
     "PositionError",
+    "PrefixChangedError",
     "PrefixFileError",
+    "ServingError",
+    "ShutdownError",
     "UnsupportedModelError",
 ]
 
@@ -46,3 +54,23 @@ class PrefixFileError(ForewordError):
 
 class PositionError(ForewordError):
     """Prefix plus text overrun the model's table of learned positions."""
+
+
+class ServingError(ForewordError):
+    """A request cannot be served as things are."""
+
+
+class OverloadedError(ServingError):
+    """Too many requests wait. `retry_after`: when to try again, in seconds."""
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class PrefixChangedError(ServingError):
+    """The prefix was replaced or deleted before the request started."""
+
+
+class ShutdownError(ServingError):
+    """The engine ends, or has failed."""

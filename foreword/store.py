@@ -16,17 +16,23 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from .errors import ConfigError, PrefixFileError
 from .prefix import AttentionSite, Prefix, SiteTensors
 
-__all__ = ["FORMAT_VERSION", "PrefixStore", "check_writable", "load", "read_header", "save"]
+__all__ = ["FORMAT_VERSION", "PrefixStore", "check_writable", "load", "load_bytes", "read_header", "save"]
 
 FORMAT_VERSION = 1
 _ENTRY = "foreword"
 _SUFFIX, _HEAD = ".safetensors", "head."
+_FIELDS = {"base": dict, "virtual_tokens": int, "position_offset": int, "sites": list, "metadata": dict}
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_DAMAGED = (
+    "{}: not a whole safetensors file ({:,} bytes; {}). It was truncated, or is something else. Copy or train it again."
+)
 
 
 def save(prefix: Prefix, path: str | Path) -> Path:
@@ -103,6 +109,26 @@ def load(path: str | Path) -> Prefix:
     header = read_header(path)
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return _prefix(header, tensors, path)
+
+
+def load_bytes(content: bytes, source: str | Path) -> Prefix:
+    """`load`, for a file's content in memory. `source` is what errors call it.
+
+    Raises:
+        PrefixFileError: as `load`.
+    """
+    source = Path(source)
+    try:
+        tensors = from_bytes(content)
+        length = int.from_bytes(content[:8], "little")
+        text = (json.loads(content[8 : 8 + length]).get("__metadata__") or {}).get(_ENTRY)
+    except (SafetensorError, ValueError) as error:
+        raise PrefixFileError(_DAMAGED.format(source, len(content), error)) from None
+    return _prefix(_header(text, source), tensors, source)
+
+
+def _prefix(header: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> Prefix:
     _check_finite(tensors, path)
     try:
         sites = [AttentionSite(**site) for site in header["sites"]]
@@ -143,18 +169,27 @@ def read_header(path: str | Path) -> dict[str, Any]:
         raise PrefixFileError(f"{path}: no such file.") from None
     except (SafetensorError, OSError) as error:
         size = path.stat().st_size if path.exists() else 0
-        raise PrefixFileError(
-            f"{path}: not a whole safetensors file ({size:,} bytes; {error}). It was truncated, or is something else. "
-            "Copy or train it again."
-        ) from None
+        raise PrefixFileError(_DAMAGED.format(path, size, error)) from None
+    return _header(text, path)
+
+
+def _header(text: str | None, path: Path) -> dict[str, Any]:
     if text is None:
         raise PrefixFileError(f"{path}: a safetensors file, but not a prefix: its header has no {_ENTRY!r} entry.")
-    header = json.loads(text)
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PrefixFileError(f"{path}: damaged prefix file: its header is not JSON: {error}.") from None
+    if not isinstance(header, dict):
+        raise PrefixFileError(f"{path}: damaged prefix file: its header holds {type(header).__name__}.")
     if header.get("version") != FORMAT_VERSION:
         raise PrefixFileError(
             f"{path}: format version {header.get('version')!r}; this Foreword reads version {FORMAT_VERSION}. "
             "Update Foreword with pip install -U foreword."
         )
+    for name, kind in _FIELDS.items():
+        if type(header.get(name)) is not kind:
+            raise PrefixFileError(f"{path}: damaged prefix file: {name!r} of its header should be {kind.__name__}.")
     return header
 
 
@@ -195,6 +230,8 @@ class PrefixStore(Mapping[str, Prefix]):
 
 def _check_finite(tensors: dict[str, Tensor], path: Path) -> None:
     for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise PrefixFileError(f"{path}: tensor {name!r} holds {tensor.dtype}; expected floating-point numbers.")
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
             raise PrefixFileError(

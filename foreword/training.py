@@ -97,7 +97,14 @@ def train(
     with _frozen(model):
         start = _start(model, tokenizer, rows, prefix, config, folder, checkpoint)
         reparameterization = Reparameterization(start, prefix, config.seed).to(device)
-        running = Run(reparameterization, config, rows, held_out_rows, folder, checkpoint, on_step)
+        steps = list[Progress]()
+
+        def told(progress: Progress) -> None:
+            steps.append(progress)
+            if on_step is not None:
+                on_step(progress)
+
+        running = Run(reparameterization, config, rows, held_out_rows, folder, checkpoint, told)
         seconds = Trainer(model, task, [running], accelerator).run()
     result = running.folded()
     result.metadata |= {"task": config.task} | about
@@ -112,9 +119,18 @@ def train(
             "held_out_loss": running.best_loss if held_out_rows else None,
             "seconds": round(seconds, 1),
             "precision": str(model.dtype).removeprefix("torch."),
+            "curve": _curve([step._asdict() for step in steps] if folder is None else folder.metrics()),
         },
     }
     return result
+
+
+def _curve(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The losses of a run in about 50 steps, every evaluation among them: small enough for the prefix file."""
+    apart = max(1, len(steps) // 50)
+    kept = [entry for i, entry in enumerate(steps) if i % apart == 0 or entry.get("held_out_loss") is not None]
+    names = ("step", "loss", "held_out_loss")
+    return [{name: round(entry[name], 4) for name in names if entry.get(name) is not None} for entry in kept]
 
 
 # --------------------------------------------------------------------------------------------------- before training

@@ -37,6 +37,9 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(model, tokenizer):
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert prefix.metadata["template"] == tokenizer.chat_template
     assert prefix.metadata["training"]["rows"] == len(rows)
+    curve = prefix.metadata["training"]["curve"]
+    assert [entry["step"] for entry in curve] == list(range(1, 41))
+    assert curve[-1]["loss"] == pytest.approx(losses[-1], abs=1e-4)
 
 
 def test_loss_is_that_of_the_completion_tokens_alone(model, tokenizer):
