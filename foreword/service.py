@@ -19,8 +19,8 @@ from .data import Row, prompt_ids
 from .engine import Engine, PrefixVersion, Request, Sampling
 from .errors import ConfigError, DataError, OverloadedError, PositionError, PrefixFileError, ServingError
 from .keys import Key, KeyFile
-from .telemetry import Metrics
 from .schemas import ChatRequest, CompletionRequest, GenerationRequest
+from .telemetry import Metrics
 
 __all__ = ["EVERYONE", "Asked", "NotFoundError", "ServerLimits", "Service"]
 
