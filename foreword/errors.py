@@ -5,6 +5,8 @@ ForewordError (a ValueError)
 ├── DataError               a row cannot be used: file, line number and reason
 ├── UnsupportedModelError   the model's attention cannot carry a prefix
 ├── ModelMismatchError      the prefix was made for another model
+├── EngineError             another engine cannot hold the prefix, or did not use it
+├── HubError                the Hugging Face Hub has no such prefix, refuses, or cannot be reached
 ├── PrefixFileError         the file is truncated, corrupt, of an unknown version, or no prefix at all
 ├── PositionError           prefix plus text overrun the model's table of learned positions
 └── ServingError            a request cannot be served as things are
@@ -16,7 +18,9 @@ ForewordError (a ValueError)
 __all__ = [
     "ConfigError",
     "DataError",
+    "EngineError",
     "ForewordError",
+    "HubError",
     "ModelMismatchError",
     "OverloadedError",
     "PositionError",
@@ -46,6 +50,14 @@ class UnsupportedModelError(ForewordError):
 
 class ModelMismatchError(ForewordError):
     """The prefix was made for another model."""
+
+
+class EngineError(ForewordError):
+    """Another engine cannot hold the prefix, or did not use it."""
+
+
+class HubError(ForewordError):
+    """The Hugging Face Hub has no such prefix, refuses, or cannot be reached."""
 
 
 class PrefixFileError(ForewordError):

@@ -1,13 +1,17 @@
-"""A prefix is data: key and value vectors for every attention site of a model. No Transformers here."""
+"""A prefix is data: key and value vectors for every attention site of a model. No Transformers before `to_cache`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .errors import ConfigError
+from .errors import ConfigError, EngineError, ModelMismatchError
+from .fingerprint import check_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
 
 __all__ = ["AttentionSite", "Prefix", "SiteTensors"]
 
@@ -127,6 +131,79 @@ class Prefix(nn.Module):
         """For each site its keys, values and gates, in the order of `sites`."""
         gates = self.gates if self.gates is not None else [None] * len(self.sites)
         return [SiteTensors(*entry) for entry in zip(self.keys, self.values, gates, strict=True)]
+
+    def cached_layers(self, engine: str) -> list[SiteTensors]:
+        """Keys and values layer by layer, for an engine that keeps them in its cache, in front of the tokens.
+
+        There they hold the positions 0 to P-1, weigh what attention makes of them, and are seen as any token is.
+
+        Args:
+            engine: what it is called in the error.
+
+        Raises:
+            EngineError: such a cache would compute something else than Foreword, with the reasons.
+        """
+        base = self.base.get("fingerprint", {}).get("architecture", {})
+        windows = sorted({site.sliding_window for site in self.sites if site.sliding_window is not None})
+        bare = self.base.get("layers_without_sites")
+        reasons = {
+            f"it has prefixes for {' and '.join(sorted(self.lengths.keys() - {'self'}))} attention, and such a cache is "
+            "one of causal self-attention": self.lengths.keys() != {"self"},
+            "its virtual tokens have gates, which no cache holds (train it with another start than noop)": self.gates
+            is not None,
+            f"real tokens start at position {self.position_offset}, and in a cache of {self.num_virtual_tokens} tokens at "
+            f"{self.num_virtual_tokens}": self.gates is None and self.position_offset != self.num_virtual_tokens,
+            f"the base has sliding windows ({', '.join(map(str, windows))} tokens): Foreword shows the prefix through "
+            "them, and a cache lets it slide out of view": bool(windows),
+            f"layers of the base keep a state instead of keys and values ({', '.join((bare or [])[:3])}...)": bool(
+                bare
+            ),
+            "the base caches a latent vector instead of keys and values": "kv_lora_rank" in base,
+            "it has a trained head, which stands outside attention": self._head is not None,
+        }
+        if found := [reason for reason, holds in reasons.items() if holds]:
+            raise EngineError(f"{engine} cannot hold this prefix: {'; '.join(found)}. Use it with foreword.attach.")
+        return self.tensors()
+
+    def to_cache(self, model: nn.Module, batch_size: int = 1) -> "DynamicCache":
+        """A new cache of Transformers with the prefix in it, once for each row, for code that wants a cache.
+
+        Pass it as the model's cache (`past_key_values`, called `cache` since Transformers 5.24), with an attention mask
+        that has P ones in front, or without one. It is filled up by what runs after it: make a new one for the next
+        batch. `attach` needs none of that, repeats nothing for the rows, and holds what a cache cannot.
+
+        Args:
+            model: the base that the prefix was made for.
+            batch_size: the number of rows.
+
+        Raises:
+            EngineError: a cache would compute something else, with the reasons.
+            ModelMismatchError: the prefix was made for another model.
+
+        Example:
+            >>> import torch, foreword
+            >>> from transformers import GPT2Config, GPT2LMHeadModel
+            >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=2))
+            >>> cache = foreword.text_prefix(model, input_ids=[7, 8, 9]).to_cache(model, batch_size=2)
+            >>> cache.get_seq_length()
+            3
+        """
+        from transformers import DynamicCache
+
+        layers = self.cached_layers("A cache of Transformers")
+        name = self.base.get("name", "another model")
+        if "fingerprint" in self.base:
+            check_fingerprint(self.base["fingerprint"], model, name)
+        modules = dict(model.named_modules())
+        pairs: dict[int, tuple[Tensor, ...]] = {}
+        for site, entry in zip(self.sites, layers, strict=True):
+            if site.name not in modules:
+                raise ModelMismatchError(f"The prefix was made for {name}; {type(model).__name__} has no {site.name}.")
+            module: Any = modules[site.name]
+            weight = next(module.parameters())
+            rows = (tensor.detach().to(weight.device, weight.dtype).transpose(0, 1) for tensor in entry[:2])
+            pairs[module.layer_idx] = tuple(tensor.expand(batch_size, -1, -1, -1) for tensor in rows)
+        return DynamicCache([pairs[number] for number in sorted(pairs)])
 
     @property
     def lengths(self) -> dict[str, int]:
