@@ -15,6 +15,7 @@ from . import __version__
 from .comparing import compare
 from .console import counting, err, human_bytes, out, table, training_bar
 from .errors import ConfigError, DataError, ForewordError
+from .exchange import export, import_, push
 from .listing import Json, PrefixFile, list_, show
 from .options import read_options, with_flags
 from .serving import keys, serve
@@ -287,6 +288,9 @@ def compose(
 app.command()(compare)
 app.command("list")(list_)
 app.command()(show)
+app.command("import")(import_)
+app.command()(export)
+app.command()(push)
 app.command()(serve)
 app.add_typer(keys)
 

@@ -11,7 +11,7 @@ from .errors import PrefixFileError
 __all__ = ["Json", "PrefixFile", "list_", "show"]
 
 PrefixFile = Annotated[
-    Path, typer.Argument(metavar="PREFIX", help="A prefix file (*.safetensors).", show_default=False)
+    Path, typer.Argument(metavar="PREFIX", help="A prefix file (*.safetensors), or hf://user/name.", show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -40,8 +40,10 @@ def list_(folder: Annotated[Path, typer.Argument(help="Where to look.")] = Path(
 
 def show(prefix: PrefixFile, as_json: Json = False) -> None:
     """Show what a prefix file holds: shapes, bytes, base, positions, how it was trained, figures."""
+    from .hub import local_file
     from .store import load, read_header
 
+    prefix = local_file(prefix)
     about = _about(read_header(prefix), prefix)
     loaded = load(prefix)
     about["parameters"] = loaded.num_parameters

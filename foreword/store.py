@@ -21,9 +21,19 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from .errors import ConfigError, PrefixFileError
+from .hub import FILE, local_file, parse, upload
 from .prefix import AttentionSite, Prefix, SiteTensors
 
-__all__ = ["FORMAT_VERSION", "PrefixStore", "check_writable", "load", "load_bytes", "read_header", "save"]
+__all__ = [
+    "FORMAT_VERSION",
+    "PrefixStore",
+    "check_writable",
+    "load",
+    "load_bytes",
+    "read_header",
+    "save",
+    "to_content",
+]
 
 FORMAT_VERSION = 1
 _ENTRY = "foreword"
@@ -38,15 +48,51 @@ _DAMAGED = (
 def save(prefix: Prefix, path: str | Path) -> Path:
     """Write a prefix to `path`: whole, or not at all.
 
+    Args:
+        prefix: what to write.
+        path: a file named `*.safetensors`; or the string `hf://user/name`, which uploads the prefix alone to the Hugging Face
+            Hub. `foreword push` uploads it with a model card.
+
     Raises:
         ConfigError: the name does not end in `.safetensors`.
         PrefixFileError: the prefix holds NaN or infinity; nothing is written.
+        HubError: the Hub refuses, or cannot be reached.
 
     Example:
         >>> import foreword
         >>> foreword.save(prefix, "tickets.safetensors")  # doctest: +SKIP
     """
+    if (
+        isinstance(path, str) and (reference := parse(path)) is not None
+    ):  # only ever asked for by a user, in so many words
+        if reference.revision is not None:
+            raise ConfigError(
+                f"{path}: a prefix is uploaded to the main revision. Leave the @{reference.revision} out."
+            )
+        upload(reference.repo, {FILE: to_content(prefix, path)}, "Prefix")
+        return Path(path)
     path = check_writable(path)
+    content = to_content(prefix, path)
+    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def to_content(prefix: Prefix, path: str | Path) -> bytes:
+    """What the file of a prefix holds. `path` is what errors call it.
+
+    Raises:
+        PrefixFileError: the prefix holds NaN or infinity.
+    """
     tensors = {
         f"{i}.{name}": tensor.detach().cpu().contiguous()
         for i, site in enumerate(prefix.tensors())
@@ -63,19 +109,7 @@ def save(prefix: Prefix, path: str | Path) -> Path:
         "sites": [asdict(site) for site in prefix.sites],
         "metadata": prefix.metadata,
     }
-    content = to_bytes(tensors, {_ENTRY: json.dumps(header, allow_nan=False), "format": "pt"})
-    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
-    return path
+    return to_bytes(tensors, {_ENTRY: json.dumps(header, allow_nan=False), "format": "pt"})
 
 
 def check_writable(path: str | Path) -> Path:
@@ -84,6 +118,10 @@ def check_writable(path: str | Path) -> Path:
     Raises:
         ConfigError: the name does not end in `.safetensors`, or its folder cannot be written to.
     """
+    if parse(path) is not None:
+        raise ConfigError(
+            f"{path}: nothing is uploaded on the side. Write to a file, then: foreword push FILE user/name."
+        )
     path = Path(path)
     if path.suffix != _SUFFIX:
         raise ConfigError(f"{path}: a prefix file is named *{_SUFFIX}. Use {path.with_suffix(_SUFFIX)}.")
@@ -101,11 +139,15 @@ def check_writable(path: str | Path) -> Path:
 def load(path: str | Path) -> Prefix:
     """Read a prefix and check all of it: format, version, shapes, numbers. `attach` checks it against the model.
 
+    Args:
+        path: a file; or `hf://user/name`, or `hf://user/name@revision`, on the Hugging Face Hub or in its local cache.
+
     Raises:
+        HubError: the Hub has no such prefix, or cannot be reached.
         PrefixFileError: no such file, truncated, no prefix, an unknown version, a tensor missing or of the wrong shape,
             NaN or infinity.
     """
-    path = Path(path)
+    path = local_file(path)
     header = read_header(path)
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -159,7 +201,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
     Raises:
         PrefixFileError: as `load`, for what the header can show.
     """
-    path = Path(path)
+    path = local_file(path)
     if path.is_dir():
         raise PrefixFileError(f"{path}: a folder. Expected a prefix file (*{_SUFFIX}).")
     try:
@@ -228,7 +270,7 @@ class PrefixStore(Mapping[str, Prefix]):
         save(prefix, self.path(name))
 
 
-def _check_finite(tensors: dict[str, Tensor], path: Path) -> None:
+def _check_finite(tensors: dict[str, Tensor], path: str | Path) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
             raise PrefixFileError(f"{path}: tensor {name!r} holds {tensor.dtype}; expected floating-point numbers.")
