@@ -1,16 +1,18 @@
 """What makes a base model this model and no other: its architecture fields and a digest of sampled weights."""
 
 import hashlib
-from math import isfinite
+from math import isfinite, prod
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from .errors import ModelMismatchError
 from .heads import LENT, head_names, own_parameters
 
-__all__ = ["check_fingerprint", "digest", "fingerprint"]
+__all__ = ["check_fingerprint", "checkpoint_fingerprint", "compare_fingerprints", "digest", "fingerprint"]
 
 _PARAMETERS, _VALUES, _MATCH = 32, 8, 0.9
 _VOLATILE = {  # fields that say how a model is run or stored, not what it computes
@@ -47,9 +49,30 @@ def _architecture(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not isfinite(value) else value
 
 
+def checkpoint_fingerprint(config: Any, folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
+    """As `fingerprint`, of a model that another engine runs: from its config and the safetensors files in its folder.
+
+    Only the weights that `expected` has are looked up; those of files in other formats are left out.
+    """
+    sample = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in expected["weights"].keys() & set(file.keys()):
+                rows = file.get_slice(name)
+                width = prod(rows.get_shape()[1:])
+                index = [i * width * rows.get_shape()[0] // _VALUES for i in range(_VALUES)]
+                values = torch.stack([rows[i // width : i // width + 1].reshape(-1)[i % width] for i in index])
+                sample[name] = values.to(torch.bfloat16).view(torch.int16).tolist()
+    return {"architecture": _architecture(config.to_dict()), "weights": sample}
+
+
 def check_fingerprint(expected: dict[str, Any], model: nn.Module, name: str) -> None:
     """Raise `ModelMismatchError` that names what differs, when `expected` was taken from another model."""
-    found = fingerprint(model)
+    compare_fingerprints(expected, fingerprint(model), name)
+
+
+def compare_fingerprints(expected: dict[str, Any], found: dict[str, Any], name: str) -> None:
+    """As `check_fingerprint`, for a model's fingerprint."""
     old, new = expected["architecture"], found["architecture"]
     different = {key for key in old.keys() & new.keys() if old[key] != new[key]}
     if different:

@@ -17,7 +17,7 @@ from .errors import ConfigError
 from .heads import head_names, note_missing
 from .tasks import TASKS
 
-__all__ = ["ALIASES", "Base", "Precision", "cache_folder", "load_base", "machine_precision"]
+__all__ = ["ALIASES", "Base", "Precision", "cache_folder", "load_base", "machine_precision", "model_folder"]
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -49,6 +49,11 @@ def cache_folder() -> Path:
     if "FOREWORD_CACHE" in os.environ:
         return Path(os.environ["FOREWORD_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foreword"
+
+
+def model_folder(name: str) -> str:
+    """Where the model is that `name` stands for: an alias's folder, made if needed, or the name itself."""
+    return str(_installed(name)) if name in ALIASES else name
 
 
 def machine_precision(device: torch.device) -> torch.dtype:
@@ -90,7 +95,7 @@ def load_base(
         >>> model, tokenizer, name = load_base("smollm2", precision="float32")  # doctest: +SKIP
     """
     where = torch.device(device or (torch.accelerator.current_accelerator() or "cpu"))
-    folder = str(_installed(name)) if name in ALIASES else name
+    folder = model_folder(name)
     dtype = machine_precision(where) if precision == "auto" else getattr(torch, precision)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     outputs = _outputs(task, labels)

@@ -6,7 +6,7 @@ import sys
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -60,6 +60,11 @@ def serve(
     drain: Annotated[
         float, typer.Option(min=0, help="Seconds that running requests have when the server stops.")
     ] = 30.0,
+    engine: Annotated[
+        Literal["foreword", "vllm"],
+        typer.Option(help="What runs the model: vllm on several GPUs, or for many requests."),
+    ] = "foreword",
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs that vLLM splits the model over.")] = 1,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
     ] = False,
@@ -71,10 +76,8 @@ def serve(
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"{error.name} is not installed. Install it: pip install 'foreword[serve]'") from None
-    from .batching import BatchingEngine, BatchLimits
     from .catalog import Catalog
     from .keys import KeyFile
-    from .models import load_base
     from .server import create_app
     from .service import ServerLimits, Service
 
@@ -84,38 +87,108 @@ def serve(
             f"--host {host} lets others than this machine in, and there are no API keys. Make one first: "
             f"foreword keys add NAME --store {store}"
         )
-    limits = BatchLimits(
-        rows=rows,
-        tokens=batch_tokens,
-        prefill_tokens=prefill_tokens,
-        waiting=waiting,
-        length=max_length,
-        device_bytes=prefix_memory,
-        host_bytes=host_memory,
-    )
     _quiet()
-    with err.status(f"Loading {model}"):
-        base = load_base(model, precision=_precision(precision), device=device, trust_remote_code=trust_remote_code)
-    engine = BatchingEngine(base.model, limits)
+    shared = {"rows": rows, "waiting": waiting, "length": max_length}
+    ours = {
+        "tokens": batch_tokens,
+        "prefill_tokens": prefill_tokens,
+        "device_bytes": prefix_memory,
+        "host_bytes": host_memory,
+    }
+    start = _start_vllm if engine == "vllm" else _start_ours
+    _precision(precision)
+    own = start(model, store, precision, device, trust_remote_code, tensor_parallel, shared, ours)
     try:
         own_name = name or Path(model).name
-        template: Any = base.tokenizer.chat_template
-        catalog = Catalog(store, engine.check, own_template=template, any_template=allow_templates, reserved=own_name)
+        template: Any = own.tokenizer.chat_template
+        catalog = Catalog(
+            store, own.engine.check, own_template=template, any_template=allow_templates, reserved=own_name
+        )
         service = Service(
             name=own_name,
-            tokenizer=base.tokenizer,
-            engine=engine,
+            tokenizer=own.tokenizer,
+            engine=own.engine,
             catalog=catalog,
             keys=key_file,
             limits=ServerLimits(
                 body_bytes=max_body, upload_bytes=max_upload, max_tokens=max_tokens, requests=rows + waiting
             ),
-            stop_ids=_stop_ids(base.model, base.tokenizer),
+            stop_ids=own.stop_ids,
         )
         hosts = ["localhost", "127.0.0.1", "[::1]", host] if _is_loopback(host) else None
         _run(create_app(service, hosts), service, host, port, drain)
     finally:
-        engine.close()
+        own.engine.close()
+
+
+class _Started(NamedTuple):
+    """An engine, and what turns text into its tokens."""
+
+    engine: Any
+    tokenizer: Any
+    stop_ids: frozenset[int]
+
+
+def _start_ours(
+    model: str,
+    store: Path,
+    precision: str,
+    device: str | None,
+    trust_remote_code: bool,
+    tensor_parallel: int,
+    shared: dict[str, Any],
+    ours: dict[str, int],
+) -> _Started:
+    from .batching import BatchingEngine, BatchLimits
+    from .models import load_base
+
+    if tensor_parallel != 1:
+        raise ConfigError("--tensor-parallel belongs to --engine vllm.")
+    limits = BatchLimits(**shared, **ours)
+    with err.status(f"Loading {model}"):
+        base = load_base(model, precision=_precision(precision), device=device, trust_remote_code=trust_remote_code)
+    engine = BatchingEngine(base.model, limits)
+    return _Started(engine, base.tokenizer, _stop_ids(base.model.generation_config, base.tokenizer))
+
+
+def _start_vllm(
+    model: str,
+    store: Path,
+    precision: str,
+    device: str | None,
+    trust_remote_code: bool,
+    tensor_parallel: int,
+    shared: dict[str, Any],
+    ours: dict[str, int],
+) -> _Started:
+    try:
+        from .vllm_engine import VllmEngine, VllmLimits
+    except ImportError as error:
+        raise ConfigError(
+            f"--engine vllm: {error}. Install vLLM in an environment of its own: pip install 'foreword[vllm]', or on CPUs as "
+            "docs/engines.md says."
+        ) from None
+    from transformers import AutoTokenizer, GenerationConfig
+
+    from .batching import BatchLimits
+    from .models import model_folder
+
+    flags = {"tokens": "--batch-tokens", "prefill_tokens": "--prefill-tokens"}
+    flags |= {"device_bytes": "--prefix-memory", "host_bytes": "--host-memory"}
+    given = [flags[name] for name, value in ours.items() if value != getattr(BatchLimits, name)]
+    if given or device is not None:
+        told = ", ".join([*given, *(["--device"] if device is not None else [])])
+        raise ConfigError(f"{told}: not with --engine vllm, which decides that itself. Leave it out.")
+    folder = model_folder(model)
+    store.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    try:
+        generation = GenerationConfig.from_pretrained(folder)
+    except OSError:
+        generation = GenerationConfig()
+    limits = VllmLimits(**shared, tensor_parallel=tensor_parallel)
+    engine = VllmEngine(folder, store, precision, limits, trust_remote_code=trust_remote_code)
+    return _Started(engine, tokenizer, _stop_ids(generation, tokenizer))
 
 
 def _run(app: Any, service: "Service", host: str, port: int, drain: float) -> None:
@@ -172,9 +245,9 @@ def _precision(given: str) -> Any:
     return given
 
 
-def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+def _stop_ids(generation: Any, tokenizer: Any) -> frozenset[int]:
     """Tokens that end an answer: the tokenizer's, and those that the checkpoint's generation settings name."""
-    named = model.generation_config.eos_token_id
+    named = generation.eos_token_id
     ids = named if isinstance(named, list) else [named]
     return frozenset(token for token in (*ids, tokenizer.eos_token_id) if token is not None)
 
