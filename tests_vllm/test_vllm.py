@@ -101,8 +101,9 @@ def answers(llm: Any, requests: list[tuple[TokensPrompt, SamplingParams]]) -> li
 def greedy(base: Any, store: Path, name: str | None, ids: list[int]) -> list[int]:
     prefix = None if name is None else foreword.load(store / f"{name}.safetensors")
     with torch.inference_mode(), foreword.attach(base.model, [prefix]):
+        ask = torch.tensor([ids])  # with a mask of its own: Transformers would take the ends of turns for padding
         made = base.model.generate(
-            torch.tensor([ids]), max_new_tokens=24, do_sample=False, eos_token_id=None, repetition_penalty=1.0
+            ask, attention_mask=torch.ones_like(ask), max_new_tokens=24, do_sample=False, eos_token_id=None
         )
     return made[0, len(ids) :].tolist()
 
