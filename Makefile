@@ -5,7 +5,10 @@ BIN := .venv/bin
 # The CPU build of torch, from PyTorch's own index where it can be reached; two times quiet, as another index will do too.
 CPU_TORCH := -qq --retries 1 --no-deps --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0
 
-.PHONY: demo test test-all test-vllm engines-report check docs clean
+ROWS ?= rows.jsonl
+PROFILE ?= cpu
+
+.PHONY: demo test test-all bench test-vllm engines-report check docs clean
 
 VLLM ?= .venv-vllm
 LLAMA_CPP_PYTHON ?= # the python of an environment with llama-cpp-python and Foreword, for engines-report
@@ -18,6 +21,9 @@ test: .venv/dev ## run the tests
 
 test-all: .venv/dev ## run them on every model family, and write which can do what to docs/models.md
 	$(BIN)/pytest --every-family --matrix=docs/models.md
+
+bench: .venv/dev .venv/model ## training speed beside PEFT: make bench ROWS=file.jsonl PROFILE=cpu|gpu
+	$(BIN)/python -m benchmarks $(PROFILE) $(ROWS) --out benchmarks/results
 
 test-vllm: $(VLLM)/ready ## run the tests inside vLLM, in an environment of its own (several GB; minutes)
 	$(VLLM)/bin/python -m pytest tests_vllm -q -o addopts= -o filterwarnings=

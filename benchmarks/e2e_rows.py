@@ -7,6 +7,7 @@ validation pairs, and OUT/test.jsonl with every distinct test input and all of i
 import argparse
 import json
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
@@ -19,7 +20,7 @@ def read(path: Path) -> dict[str, list[str]]:
     return inputs
 
 
-def write(path: Path, rows: list[dict[str, object]]) -> None:
+def write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     print(f"{path}: {len(rows)} rows")
 

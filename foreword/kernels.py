@@ -84,9 +84,8 @@ def stack(
     biases = None
     if any(bias is not None or len(key) < longest for key, _, bias in entries):
         biases = torch.stack([_filled_bias(key, bias, longest) for key, _, bias in entries])
-    keys, values = (
-        torch.stack([pad(entry[i], (0, 0, 0, 0, 0, longest - len(entry[i]))) for entry in entries]) for i in (0, 1)
-    )
+    keys = torch.stack([pad(key, (0, 0, 0, 0, 0, longest - len(key))) for key, _, _ in entries])
+    values = torch.stack([pad(value, (0, 0, 0, 0, 0, longest - len(value))) for _, value, _ in entries])
     return Prefixes(keys, values, biases, rows)
 
 
