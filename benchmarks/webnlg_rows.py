@@ -43,7 +43,9 @@ def main() -> None:
     for part, name in (("train", "train"), ("dev", "valid")):
         entries = list(read(*(options.folder / part).rglob("*.xml")))
         seen |= {entry.category for entry in entries}
-        rows: list[dict[str, object]] = [{"prompt": entry.prompt, "completion": text} for entry in entries for text in entry.texts]
+        rows: list[dict[str, object]] = [
+            {"prompt": entry.prompt, "completion": text} for entry in entries for text in entry.texts
+        ]
         write(options.out / f"{name}.jsonl", rows)
     rows = [
         {
