@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny import HEAD_ROWS, ROWS
 from torch.nn.functional import cross_entropy
 from zoo import make_model
@@ -19,6 +20,10 @@ from foreword.completion import completion_loss
 from foreword.data import collate, encode, read_rows
 from foreword.errors import ConfigError, DataError
 from foreword.fingerprint import digest
+from foreword.initialization import random_prefix
+from foreword.loop import Run, Trainer
+from foreword.reparameterization import Reparameterization
+from foreword.tasks import TASKS
 
 QUICK = TrainConfig(steps=6, batch_size=4, evaluate_every=2, checkpoint_every=2)
 SMALL = PrefixConfig(num_virtual_tokens=4)
@@ -218,3 +223,37 @@ def test_base_that_lets_no_gradient_through_is_an_error(task, tokenizer):
     rows = ROWS[:8] if task == "completion" else HEAD_ROWS[task]
     with pytest.raises(ConfigError, match="No gradient reaches the prefix through Llama"):
         train(model, tokenizer, rows, SMALL, TrainConfig(task=task, steps=2, held_out_fraction=0.0))
+
+
+def test_runs_that_share_batches_are_those_of_each_alone(llama, tokenizer):
+    """Of other lengths, seeds, learning rates and ends, with a queue."""
+    examples, _ = encode(read_rows(ROWS)[0], tokenizer, tokenizer.chat_template, 256)
+
+    def runs() -> list[Run]:
+        made = []
+        for number, (length, steps) in enumerate([(3, 7), (5, 4), (4, 9)]):
+            config = TrainConfig(steps=steps, seed=number, learning_rate=0.1 / (1 + number), evaluate_every=3)
+            start = random_prefix(llama, length, seed=number)
+            own = Reparameterization(start, PrefixConfig(length, initialization="random"))
+            made.append(Run(own, config, examples[number:], examples[:5]))
+        return made
+
+    def losses(run: Run) -> list[tuple[float, float | None]]:
+        kept: list[tuple[float, float | None]] = []
+        run.on_step = lambda progress: kept.append((progress.loss, progress.held_out_loss))
+        return kept
+
+    together, alone = runs(), runs()
+    found, expected = [losses(run) for run in together], [losses(run) for run in alone]
+    llama.requires_grad_(False)
+    Trainer(llama, TASKS["completion"], together, Accelerator(cpu=True), at_once=2).run()
+    for run in alone:
+        Trainer(llama, TASKS["completion"], [run], Accelerator(cpu=True)).run()
+    for mine, theirs, one, other in zip(found, expected, together, alone, strict=True):
+        assert len(mine) == one.config.steps
+        for (loss, held_out), (right, right_held_out) in zip(mine, theirs, strict=True):
+            assert loss == pytest.approx(right, rel=1e-4)
+            assert held_out == pytest.approx(right_held_out, rel=1e-4)
+        assert one.best_step == other.best_step
+        for a, b in zip(one.folded().parameters(), other.folded().parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
