@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
@@ -25,7 +25,7 @@ from .runs import RunFolder, newest_checkpoint, start_file
 from .store import load, save
 from .tasks import TASKS, check_model, read
 
-__all__ = ["train"]
+__all__ = ["Job", "train", "train_many"]
 
 
 def train(
@@ -73,53 +73,132 @@ def train(
         >>> rows = [{"prompt": "Where is order 81?", "completion": "delivery"}] * 8
         >>> prefix = train(model, tokenizer, rows)  # doctest: +SKIP
     """
-    prefix, config = prefix or PrefixConfig(), config or TrainConfig()
+    job = Job(data, prefix, config, held_out, run, on_step)
+    if resume and run is None:
+        raise ConfigError("resume needs the run folder of the run to go on with.")
+    return train_many(model, tokenizer, [job], resume=resume, overwrite=overwrite)[0]
+
+
+class Job(NamedTuple):
+    """One of several prefixes to train: the arguments of `train` that may differ."""
+
+    data: Data
+    prefix: PrefixConfig | None = None
+    config: TrainConfig | None = None
+    held_out: Data | None = None
+    run: str | Path | None = None
+    on_step: Callable[[Progress], None] | None = None
+
+
+def train_many(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    jobs: Sequence[Job],
+    *,
+    at_once: int = 8,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> list[Prefix]:
+    """Train several prefixes for one model in one process: rows of different runs share its batches.
+
+    Each run keeps its own prefix, optimizer, order of rows, schedule and end, and gives the prefix that `train` gives, up to
+    rounding. One that ends makes room for the next. Runs with a head, and those of encoder-decoders, go one after another.
+
+    Args:
+        jobs: what to train. They share the task and the number of micro-batches.
+        at_once: how many runs share a batch; it holds the rows of all of them.
+        resume: go on with those that have a checkpoint; `overwrite`: delete what earlier runs left.
+
+    Raises:
+        DataError, ConfigError, UnsupportedModelError: as `train`; before training starts.
+
+    Example:
+        >>> jobs = [Job("tickets.jsonl", config=TrainConfig(seed=seed)) for seed in range(3)]
+        >>> prefixes = train_many(model, tokenizer, jobs)  # doctest: +SKIP
+    """
+    configs = [job.config or TrainConfig() for job in jobs]
+    for name in ("task", "micro_batches", "tracker", "compile"):
+        if len(found := {getattr(config, name) for config in configs}) > 1:
+            raise ConfigError(
+                f"Runs that are trained together share {name}, got {', '.join(map(repr, found))}. Train them apart."
+            )
+    first, task = configs[0], TASKS[configs[0].task]
+    if len(jobs) > 1 and first.tracker is not None:
+        raise ConfigError(f"A tracker ({first.tracker}) follows one run. Leave it out; each run has its metrics.jsonl.")
+    check_model(first.task, model)
+    _check_tracker(first.tracker)
+    device = input_device(model)
+    accelerator = Accelerator(cpu=device.type == "cpu", log_with=first.tracker, project_dir=jobs[0].run)
+    if task.has_head or model.config.is_encoder_decoder:
+        at_once = 1
+    with _frozen(model):
+        prepared = [_prepare(model, tokenizer, job, accelerator, resume, overwrite) for job in jobs]
+        seconds = Trainer(model, task, [own.run for own in prepared], accelerator, at_once).run()
+    return [_result(model, own, seconds) for own in prepared]
+
+
+class _Prepared(NamedTuple):
+    run: Run
+    about: dict[str, Any]
+    asked: dict[str, Any]
+    skipped: int
+    steps: list[Progress]
+
+
+def _prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    job: Job,
+    accelerator: Accelerator,
+    resume: bool,
+    overwrite: bool,
+) -> _Prepared:
+    """Check a job's rows, open its folder, choose where its prefix starts."""
+    prefix, config = job.prefix or PrefixConfig(), job.config or TrainConfig()
     task = TASKS[config.task]
     if prefix.initialization is None:
         reads_text = len(stacks(model)) == 1  # text has no keys of its own in an encoder-decoder
         prefix = replace(prefix, initialization=task.initialization if reads_text else "random")
     if config.dropout is None:
         config = replace(config, dropout=task.has_head)
-    check_model(config.task, model)
-    _check_tracker(config.tracker)
     about = task.about(model, tokenizer)
-    rows, held_out_rows, skipped = _examples(model, tokenizer, data, held_out, prefix, config, about)
-    device = input_device(model)
-    accelerator = Accelerator(cpu=device.type == "cpu", log_with=config.tracker, project_dir=run)
-    asked = {"prefix": asdict(prefix), "train": asdict(config), "data": _digest([*rows, *held_out_rows])}
-    if resume and run is None:
-        raise ConfigError("resume needs the run folder of the run to go on with.")
+    rows, held_out, skipped = _examples(model, tokenizer, job.data, job.held_out, prefix, config, about)
+    asked = {"prefix": asdict(prefix), "train": asdict(config), "data": _digest([*rows, *held_out])}
     folder = None
-    if run is not None and accelerator.is_main_process:
-        folder = RunFolder(run, asked, resume=resume, overwrite=overwrite)
+    if job.run is not None and accelerator.is_main_process:
+        folder = RunFolder(job.run, asked, resume=resume, overwrite=overwrite)
     accelerator.wait_for_everyone()
-    checkpoint = newest_checkpoint(run) if run is not None and resume else None
-    with _frozen(model):
-        start = _start(model, tokenizer, rows, prefix, config, folder, checkpoint)
-        reparameterization = Reparameterization(start, prefix, config.seed).to(device)
-        steps = list[Progress]()
+    checkpoint = newest_checkpoint(job.run) if job.run is not None and resume else None
+    start = _start(model, tokenizer, rows, prefix, config, folder, checkpoint)
+    reparameterization = Reparameterization(start, prefix, config.seed).to(input_device(model))
+    steps = list[Progress]()
 
-        def told(progress: Progress) -> None:
-            steps.append(progress)
-            if on_step is not None:
-                on_step(progress)
+    def told(progress: Progress) -> None:
+        steps.append(progress)
+        if job.on_step is not None:
+            job.on_step(progress)
 
-        running = Run(reparameterization, config, rows, held_out_rows, folder, checkpoint, told)
-        seconds = Trainer(model, task, [running], accelerator).run()
-    result = running.folded()
-    result.metadata |= {"task": config.task} | about
+    run = Run(reparameterization, config, rows, held_out, folder, checkpoint, told)
+    return _Prepared(run, about, asked, skipped, steps)
+
+
+def _result(model: PreTrainedModel, prepared: _Prepared, seconds: float) -> Prefix:
+    """The best prefix of a run, with how it came about."""
+    run, about, asked, skipped, steps = prepared
+    result = run.folded()
+    result.metadata |= {"task": run.config.task} | about
     result.metadata |= {
         "training": asked
         | {
-            "rows": len(rows),
-            "held_out_rows": len(held_out_rows),
+            "rows": len(run.rows),
+            "held_out_rows": len(run.held_out),
             "skipped_rows": skipped,
-            "steps": running.step,
-            "best_step": running.best_step,
-            "held_out_loss": running.best_loss if held_out_rows else None,
+            "steps": run.step,
+            "best_step": run.best_step,
+            "held_out_loss": run.best_loss if run.held_out else None,
             "seconds": round(seconds, 1),
             "precision": str(model.dtype).removeprefix("torch."),
-            "curve": _curve([step._asdict() for step in steps] if folder is None else folder.metrics()),
+            "curve": _curve([step._asdict() for step in steps] if run.folder is None else run.folder.metrics()),
         },
     }
     return result
