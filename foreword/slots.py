@@ -64,10 +64,10 @@ class SlotCache(Cache):
 
     Example:
         >>> cache = SlotCache(sliding_layers(model))                      # doctest: +SKIP
-        >>> cache.begin([3, 5])  # two rows, of which three and five tokens will come, padded on the left
-        >>> cache.reserve(5)
+        >>> cache.begin([3, 5])  # two rows, of three and five tokens     # doctest: +SKIP
+        >>> cache.reserve(5)                                              # doctest: +SKIP
         >>> model(ids, attention_mask=cache.mask(5), cache=cache)         # doctest: +SKIP
-        >>> cache.advance(5)
+        >>> cache.advance(5)                                              # doctest: +SKIP
     """
 
     def __init__(self, sliding: Sequence[bool]) -> None:

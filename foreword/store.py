@@ -109,7 +109,7 @@ def to_content(prefix: Prefix, path: str | Path) -> bytes:
         "sites": [asdict(site) for site in prefix.sites],
         "metadata": prefix.metadata,
     }
-    return to_bytes(tensors, {_ENTRY: json.dumps(header, allow_nan=False), "format": "pt"})
+    return to_bytes(tensors, {_ENTRY: json.dumps(header, allow_nan=False)})  # one entry: the order of several is random
 
 
 def check_writable(path: str | Path) -> Path:
