@@ -19,6 +19,7 @@ from .exchange import export, import_, push
 from .listing import Json, PrefixFile, list_, show
 from .options import read_options, with_flags
 from .serving import keys, serve
+from .sweep import read_sweep, train_sweep
 
 if TYPE_CHECKING:
     from .models import Base
@@ -52,18 +53,26 @@ def train(
     config: Annotated[Path | None, typer.Option(help="A YAML file with any of these options.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run and start over.")] = False,
+    sweep: Annotated[
+        Path | None,
+        typer.Option(help="A YAML file: `grid`, options with lists of values, or `runs`, a list of options."),
+    ] = None,
+    at_once: Annotated[int, typer.Option(min=1, help="For --sweep: how many runs share a batch.")] = 8,
     **given: Any,
 ) -> None:
     """Train a prefix on rows of prompt and completion, or of the task given.
 
-    A row is {"prompt": ..., "completion": ...} or {"messages": [...]}; see --task for others.
+    A row is {"prompt": ..., "completion": ...} or {"messages": [...]}; see --task for others. With --sweep several prefixes
+    are trained at once, over one base.
     """
-    job, prefix_config, train_config = read_options(config, given)
+    runs = [read_options(config, given)] if sweep is None else read_sweep(sweep, config, given)
+    job, prefix_config, train_config = runs[0]
     from .store import check_writable, save
     from .tasks import TASKS, find_labels
     from .training import train
 
-    check_writable(job.out)
+    for own in runs:
+        check_writable(own.job.out)
     run = job.out.with_suffix(".run")
     labels = find_labels(TASKS[train_config.task], job.data, train_config.skip_bad_rows)
     base = _load_base(
@@ -76,6 +85,10 @@ def train(
         seed=train_config.seed,
     )
     try:
+        if sweep is not None:
+            with counting("train", sum(own.train.steps for own in runs)) as count:
+                train_sweep(runs, base, at_once, resume, overwrite, lambda _: count(1))
+            return
         with training_bar(train_config.steps) as show:
             prefix = train(
                 base.model,

@@ -5,7 +5,7 @@ The help is the field's text in the dataclass's docstring, so that the command, 
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from .config import PrefixConfig, TrainConfig
 from .errors import ConfigError
 
-__all__ = ["JobConfig", "Options", "read_options", "with_flags"]
+__all__ = ["JobConfig", "Options", "check_names", "read_options", "with_flags"]
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,11 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected `option: value` lines, got {type(content).__name__}.")
-    if unknown := [str(key) for key in content if key not in _OPTIONS]:
-        raise ConfigError(f"{file}: no such option: {', '.join(unknown)}. Known: {', '.join(_OPTIONS)}.")
+    check_names(content, file)
     return content
+
+
+def check_names(names: Iterable[Any], file: Path) -> None:
+    """Raise `ConfigError` where a file names something that is no option."""
+    if unknown := [str(name) for name in names if name not in _OPTIONS]:
+        raise ConfigError(f"{file}: no such option: {', '.join(unknown)}. Known: {', '.join(_OPTIONS)}.")

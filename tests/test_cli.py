@@ -188,3 +188,47 @@ def test_prefixes_of_two_bases_are_not_mixed(run, trained):
     result = run("generate", "hi", "--prefix", trained, "--prefix", "gpt2.safetensors")
     assert result.code == 2
     assert "different bases" in result.err
+
+
+def test_sweep_trains_every_run_into_a_file_of_its_own(run, model_folder, rows_file, tmp_path):
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text("grid: {seed: [0, 1], virtual_tokens: [3, 4]}", "utf-8")
+    asked = [
+        "train",
+        "--model",
+        model_folder,
+        "--data",
+        rows_file,
+        "--out",
+        "a.safetensors",
+        "--steps",
+        2,
+        "--sweep",
+        sweep,
+    ]
+    done = run(*asked, "--at-once", 3)
+    assert done.code == 0, done.err
+    names = {f"a.seed={seed}.virtual_tokens={length}.safetensors" for seed in (0, 1) for length in (3, 4)}
+    assert {path.name for path in tmp_path.glob("a*.safetensors")} == names
+    assert all(name in done.out for name in names)
+    assert foreword.load(tmp_path / "a.seed=1.virtual_tokens=4.safetensors").num_virtual_tokens == 4
+    assert "holds an earlier run" in run(*asked).err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: [0, 1]", "expected `grid`, `runs` or both, got seed"),
+        ("grid: {sead: [0]}", "no such option: sead"),
+        ("grid: {seed: 0}", "must map options to lists"),
+        ("runs: [{model: other}]", "all runs share model"),
+        ("runs: [{seed: 0}, {seed: 0}]", "two runs would write"),
+        ("[1", "cannot be read as YAML"),
+    ],
+)
+def test_sweep_that_cannot_be_read_says_why(text, message, run, tmp_path):
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(text, "utf-8")
+    done = run("train", "--model", "m", "--data", "d.jsonl", "--out", "a.safetensors", "--sweep", sweep)
+    assert done.code == 2
+    assert message in done.err

@@ -46,7 +46,7 @@ LEVELS = [
     ["training"],
     ["comparison"],
     ["console", "server"],
-    ["demo", "exchange", "listing", "serving"],
+    ["demo", "exchange", "listing", "serving", "sweep"],
     ["comparing"],
     ["cli"],
 ]
