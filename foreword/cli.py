@@ -4,6 +4,7 @@ Results go to stdout, everything else to stderr. Exit codes: 0, 1 for a failure,
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,7 +14,7 @@ from rich.markup import escape
 
 from . import __version__
 from .comparing import compare
-from .console import counting, err, human_bytes, out, table, training_bar
+from .console import counting, err, human_bytes, is_first, out, table, training_bar
 from .errors import ConfigError, DataError, ForewordError
 from .exchange import export, import_, push
 from .listing import Json, PrefixFile, list_, show
@@ -67,12 +68,14 @@ def train(
     """
     runs = [read_options(config, given)] if sweep is None else read_sweep(sweep, config, given)
     job, prefix_config, train_config = runs[0]
+    from .processes import leave
     from .store import check_writable, save
     from .tasks import TASKS, find_labels
     from .training import train
 
-    for own in runs:
-        check_writable(own.job.out)
+    if is_first:
+        for own in runs:
+            check_writable(own.job.out)
     run = job.out.with_suffix(".run")
     labels = find_labels(TASKS[train_config.task], job.data, train_config.skip_bad_rows)
     base = _load_base(
@@ -88,6 +91,7 @@ def train(
         if sweep is not None:
             with counting("train", sum(own.train.steps for own in runs)) as count:
                 train_sweep(runs, base, at_once, resume, overwrite, lambda _: count(1))
+            leave()
             return
         with training_bar(train_config.steps) as show:
             prefix = train(
@@ -105,6 +109,9 @@ def train(
     except KeyboardInterrupt:
         err.print(f"Stopped. Go on with the same command and --resume; the state is in {run}.")
         raise
+    leave()
+    if not is_first:
+        return
     save(prefix, job.out)
     training = prefix.metadata["training"]
     if training["skipped_rows"]:
@@ -369,13 +376,14 @@ def _common_base(prefixes: "dict[str, Prefix | None]") -> str:
 def main() -> None:
     """Run the command; a user's mistake ends in one message, never in a traceback."""
     try:
+        if (started := os.environ.get("WORLD_SIZE", "1")) != "1" and sys.argv[1:2] != ["train"]:
+            raise ConfigError(f"{started} processes were started, but only foreword train shares its work. Start one.")
         app()
-    except ForewordError as error:
-        err.print(f"[bold red]error:[/] {escape(str(error))}")
+    except (ForewordError, OSError) as error:
+        err.quiet = False
+        where = "" if is_first else f"process {os.environ['RANK']}: "
+        err.print(f"{where}[bold red]error:[/] {escape(str(error))}")
         sys.exit(2 if isinstance(error, ConfigError) else 1)
-    except OSError as error:
-        err.print(f"[bold red]error:[/] {escape(str(error))}")
-        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

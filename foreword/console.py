@@ -1,5 +1,6 @@
-"""How the command talks: results on stdout, progress and everything else on stderr."""
+"""How the command talks: results on stdout, progress and everything else on stderr. Of several processes the first one talks."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,11 @@ from rich.table import Table
 if TYPE_CHECKING:
     from .loop import Progress as TrainingProgress
 
-__all__ = ["counting", "err", "human_bytes", "out", "table", "training_bar"]
+__all__ = ["counting", "err", "human_bytes", "is_first", "out", "table", "training_bar"]
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False)
+is_first = os.environ.get("RANK", "0") == "0"
+out = Console(highlight=False, soft_wrap=True, quiet=not is_first)
+err = Console(stderr=True, highlight=False, quiet=not is_first)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import hashlib
 from math import isfinite, prod
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import safe_open
@@ -12,7 +13,14 @@ from torch import nn
 from .errors import ModelMismatchError
 from .heads import LENT, head_names, own_parameters
 
-__all__ = ["check_fingerprint", "checkpoint_fingerprint", "compare_fingerprints", "digest", "fingerprint"]
+__all__ = [
+    "check_fingerprint",
+    "checkpoint_fingerprint",
+    "compare_fingerprints",
+    "digest",
+    "fingerprint",
+    "remember_fingerprint",
+]
 
 _PARAMETERS, _VALUES, _MATCH = 32, 8, 0.9
 _VOLATILE = {  # fields that say how a model is run or stored, not what it computes
@@ -20,6 +28,8 @@ _VOLATILE = {  # fields that say how a model is run or stored, not what it compu
     "label2id", "name_or_path", "output_attentions", "output_hidden_states", "pretraining_tp", "problem_type",
     "quantization_config", "return_dict", "rope_interleaved", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
+
+_remembered: "WeakKeyDictionary[nn.Module, dict[str, Any]]" = WeakKeyDictionary()
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -32,8 +42,15 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     its weights alike. All classes with a head do in most families (`bert.encoder...` for each task), but not a bare
     `AutoModel` (`encoder...`), and few classes keep their base under another name, such as `LlamaForQuestionAnswering`.
     """
+    if model in _remembered:
+        return _remembered[model]
     config: Any = model.config
     return {"architecture": _architecture(config.to_dict()), "weights": _sample(model)}
+
+
+def remember_fingerprint(model: nn.Module) -> None:
+    """Take the model's fingerprint now, before its weights go where they cannot be read."""
+    _remembered[model] = fingerprint(model)
 
 
 def _architecture(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """The training loop. One loop for every device, any number of processes, and one prefix or several at once.
 
 What is trained of a run is small enough to be one vector, so processes need no wrapper around the frozen model: each computes its share
-of every batch, and the gradients of that vector, and of a task's head, are added up. The loss is a mean over the labels
+of every batch, and the gradients of those vectors, and of a task's head, are added up in one exchange. The loss is a mean over the labels
 of the whole batch (completion tokens, rows, words), so the result does not depend on how a batch is split into
 micro-batches or over processes, or on which other runs share it.
 
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -32,11 +32,16 @@ from .config import TrainConfig
 from .data import Batch, Example, schedule
 from .errors import ConfigError
 from .prefix import Prefix
+from .processes import add_up, is_sharded
 from .reparameterization import Reparameterization
 from .runs import RunFolder
 from .tasks import Task
 
-__all__ = ["Progress", "Run", "Trainer"]
+__all__ = ["Progress", "Run", "Trainer", "read_checkpoint"]
+
+T = TypeVar("T")
+
+_STATE = "state.pt"
 
 
 class Progress(NamedTuple):
@@ -59,7 +64,7 @@ class Run:
         rows: Sequence[Example],
         held_out: Sequence[Example] = (),
         folder: RunFolder | None = None,
-        checkpoint: Path | None = None,
+        checkpoint: dict[str, Any] | None = None,
         on_step: Callable[[Progress], None] | None = None,
     ) -> None:
         self.prefix, self.config, self.rows, self.folder, self.on_step = prefix, config, rows, folder, on_step
@@ -98,7 +103,7 @@ class Run:
     @property
     def saves(self) -> bool:
         """Whether a checkpoint is due after the step just made."""
-        return self.folder is not None and (self.step % self.config.checkpoint_every == 0 or self.ended)
+        return self.step % self.config.checkpoint_every == 0 or self.ended
 
     def folded(self) -> Prefix:
         """The best prefix so far, as plain tensors."""
@@ -128,15 +133,14 @@ class Run:
     _KEPT = ("step", "best_step", "best_loss", "evaluations_since_best", "best")
 
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint, if there is a folder for it."""
         if self.folder is None:
             return
         state = {name: getattr(self, name) for name in self._KEPT}
         state |= {"prefix": self.prefix.state_dict(), "optimizer": self.optimizer.state_dict()}
-        self.folder.save_checkpoint(self.step, lambda path: torch.save(state, Path(path) / "state.pt"))
+        self.folder.save_checkpoint(self.step, lambda path: torch.save(state, Path(path) / _STATE))
 
-    def _load(self, checkpoint: Path) -> None:
-        state = torch.load(checkpoint / "state.pt", map_location=self.own[0].device, weights_only=True)
+    def _load(self, state: dict[str, Any]) -> None:
         self.prefix.load_state_dict(state["prefix"])
         self.optimizer.load_state_dict(state["optimizer"])
         vars(self).update({name: state[name] for name in self._KEPT})
@@ -144,11 +148,17 @@ class Run:
             self.folder.rewind(self.step)
 
 
+def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """What a run saved, as `Run` takes it."""
+    return torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True)
+
+
 class _Step(NamedTuple):
     """A step that was launched; its losses may still be on their way."""
 
     runs: list[Run]
     losses: Tensor  # [K], summed over labels
+    stop: Tensor  # [], how many processes were interrupted before it
     labels: list[int]
     tokens: list[int]
     numbers: list[int]
@@ -167,7 +177,8 @@ class Trainer:
         self.model, self.task, self.runs, self.accelerator, self.at_once = model, task, list(runs), accelerator, at_once
         self.device = input_device(model)
         self.checked = False
-        self.graphs = _Graphs() if self.device.type == "cuda" else None
+        self.world, self.rank, self.sharded = accelerator.num_processes, accelerator.process_index, is_sharded(model)
+        self.graphs = _Graphs() if self.device.type == "cuda" and not self.sharded else None
         self.attachment: Attachment | None = None
         self.inside = ExitStack()  # what is undone after training
         if self.device.type == "cuda" and not task.has_head:
@@ -180,16 +191,15 @@ class Trainer:
         """Train all runs to their ends; returns the seconds it took."""
         began = time.perf_counter()
         waiting: _Step | None = None
-        catch = any(run.folder is not None for run in self.runs)
+        catch = self.world > 1 or any(run.folder is not None for run in self.runs)
         with self, _interrupted(catch) as interrupted:
             while active := [run for run in self.runs if not run.ended][: self.at_once]:
-                step = self.step(active)
-                if waiting is not None:
-                    self._report(waiting)
-                waiting, stop = step, interrupted()
+                step = self.step(active, interrupted())
+                stop = waiting is not None and self._report(waiting)
+                waiting, stop = step, interrupted() if self.world == 1 else stop  # several stop after the same step
                 if not stop and not any(run.evaluates or run.saves or run.ended for run in active):
                     continue
-                self._report(waiting, self._measure(active))
+                stop = self._report(waiting, self._measure(active)) or stop
                 waiting = None
                 for run in active:
                     if run.saves or stop:
@@ -209,7 +219,7 @@ class Trainer:
         self.last_report = time.perf_counter()
         if self.graphs is not None:
             self.inside.enter_context(_stream_of_its_own())
-        if any(_wants_compiling(run.config, self.device) for run in self.runs):
+        if any(_wants_compiling(run.config, self.device, self.sharded) for run in self.runs):
             self.inside.enter_context(_compiled(self.model))
         return self
 
@@ -221,41 +231,59 @@ class Trainer:
             self.graphs.clear()
         self.inside.close()
 
-    def step(self, active: list[Run]) -> _Step:
+    def step(self, active: list[Run], stop: bool = False) -> _Step:
         """One optimizer step of each run, of which this process computes its share."""
-        accelerator, config = self.accelerator, active[0].config
+        config = active[0].config
         groups = [run.next_rows() for run in active]
         labels = [sum(example.units for example in rows) for rows in groups]
         losses = torch.zeros(len(active), device=self.device)
-        world, rank = accelerator.num_processes, accelerator.process_index
-        seed = f"{config.seed} {active[0].step} {rank}"  # so that training resumes with the same masks
+        seed = f"{config.seed} {active[0].step} {self.rank}"  # so that training resumes with the same masks
         with ExitStack() as once:
             if config.dropout:
                 once.enter_context(_dropout(self.model, seed))
-            for run, count in zip(active, labels, strict=True):
-                once.enter_context(run.prefix.once(lambda gradient, count=count: self._sum(gradient) / count))
-            for part in _parts(groups, config.micro_batches * world)[rank::world]:
-                losses += self._differentiate(active, part)
+            for run in active:
+                once.enter_context(run.prefix.once())
+            for part, counts in self._share(_parts(groups, config.micro_batches * self.world)):
+                losses += self._differentiate(active, part, counts)
+            gradients = [run.prefix.gradients() for run in active]
+            stops = torch.full_like(losses[:1], float(stop))
+            stops, losses, *sums = add_up([stops, losses, *(own for tensors in gradients for own in tensors)])
+            totals = iter(sums)
+            for tensors, count in zip(gradients, labels, strict=True):
+                for own in tensors:
+                    own.copy_(next(totals)).div_(count)
         if not self.checked:
             self._check_gradient(active)
         rates = [run.learning_rate for run in active]
         for run in active:
             run.update()
         tokens = [sum(len(example.input_ids) for example in rows) for rows in groups]
-        return _Step(active, self._sum(losses), labels, tokens, [run.step for run in active], rates)
+        return _Step(active, losses, stops[0], labels, tokens, [run.step for run in active], rates)
 
-    def _differentiate(self, active: list[Run], groups: Sequence[Sequence[Example]]) -> Tensor:
+    def _share(self, parts: Sequence[T]) -> list[tuple[T, bool]]:
+        """This process's part of the work, and whether it counts.
+
+        Processes that hold the layers together call the model equally often: one for which nothing is left takes the first
+        part again, which then does not count.
+        """
+        own = [(part, True) for part in parts[self.rank :: self.world]]
+        if self.sharded and len(own) < math.ceil(len(parts) / self.world):
+            own.append((parts[0], False))
+        return own
+
+    def _differentiate(self, active: list[Run], groups: Sequence[Sequence[Example]], counts: bool = True) -> Tensor:
         """The summed loss of each run's rows; their gradients gather in the runs' prefixes."""
         batch = self.task.collate(self.model, groups)
         self._show(active, batch)
         # Only where the model makes no mask of its own, for which Transformers waits for the device.
         graphed = isinstance(batch, Batch) and batch.longest > 0 and (len(active) == 1 or batch.starts is not None)
         if self.graphs is None or not graphed or active[0].config.dropout:
-            return self._compute(batch)
+            return self._compute(batch, counts)
         return self.graphs.run(tuple(map(id, active)), batch, self._compute)
 
-    def _compute(self, batch: Any) -> Tensor:
+    def _compute(self, batch: Any, counts: bool = True) -> Tensor:
         losses = self.task.loss(self.model, batch)
+        losses = losses if counts else 0 * losses
         losses.sum().backward()
         return losses.detach()
 
@@ -294,9 +322,8 @@ class Trainer:
         """For each run the mean loss per label on its held-out rows."""
         totals, size = [torch.zeros((), device=self.device) for _ in runs], runs[0].config.batch_size if runs else 1
         longest = max((len(run.held_out) for run in runs), default=0)
-        starts = range(0, longest, size)[self.accelerator.process_index :: self.accelerator.num_processes]
         with torch.compiler.set_stance("force_eager"):
-            for first in starts:
+            for first, counts in self._share(range(0, longest, size)):
                 left = [
                     (i, run.held_out[first : first + size]) for i, run in enumerate(runs) if first < len(run.held_out)
                 ]
@@ -304,15 +331,12 @@ class Trainer:
                 batch = self.task.collate(self.model, [rows for _, rows in left])
                 self._show(own, batch)
                 for (i, _), loss in zip(left, self.task.loss(self.model, batch), strict=True):
-                    totals[i] += loss
-        counts = [sum(example.units for example in run.held_out) for run in runs]
-        return [float(self._sum(total)) / count for total, count in zip(totals, counts, strict=True)]
+                    totals[i] += loss * counts
+        units = [sum(example.units for example in run.held_out) for run in runs]
+        return [float(total) / count for total, count in zip(add_up(totals), units, strict=True)]
 
-    def _sum(self, tensor: Tensor) -> Tensor:
-        return cast(Tensor, self.accelerator.reduce(tensor, "sum"))
-
-    def _report(self, step: _Step, evaluated: dict[int, float] | None = None) -> None:
-        """Read the losses of a step and pass them on."""
+    def _report(self, step: _Step, evaluated: dict[int, float] | None = None) -> bool:
+        """Read the losses of a step and pass them on. Whether a process was interrupted before it."""
         losses = step.losses.tolist()
         now = time.perf_counter()
         seconds, self.last_report = now - self.last_report, now
@@ -332,6 +356,7 @@ class Trainer:
                 self.accelerator.log({k: v for k, v in values.items() if k != "step"}, step=number)
             if run.on_step is not None:
                 run.on_step(progress)
+        return bool(step.stop)
 
 
 class _Graphs:
@@ -412,9 +437,11 @@ def _compiled(model: PreTrainedModel) -> Iterator[None]:
             layer._compiled_call_impl = call
 
 
-def _wants_compiling(config: TrainConfig, device: torch.device) -> bool:
+def _wants_compiling(config: TrainConfig, device: torch.device, sharded: bool) -> bool:
     if config.compile is None:
-        return device.type == "cuda" and config.steps >= 1000
+        return device.type == "cuda" and config.steps >= 1000 and not sharded
+    if config.compile and sharded:
+        raise ConfigError("The layers of a sharded base cannot be compiled here. Leave compile out.")
     return config.compile
 
 

@@ -1,6 +1,6 @@
 """What the optimizer sees: parameters that yield a prefix's tensors once a step, and fold into a prefix at the end."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,11 +78,10 @@ class Reparameterization(nn.Module):
         return dict(zip(self._head_names, self.head_parameters, strict=True)) or None
 
     @contextmanager
-    def once(self, reduce: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def once(self) -> Iterator[None]:
         """One optimizer step: run the reparameterization once, however many forward and backward passes follow inside.
 
-        Their gradients gather in one vector `[N]`. On leaving, what `reduce` makes of it flows back to the parameters; so
-        does what it makes of the head's gradients.
+        Their gradients gather in `gradients()`. On leaving, what these then hold flows back to the parameters.
         """
         vector = self.vector()
         with torch.no_grad():
@@ -99,9 +98,15 @@ class Reparameterization(nn.Module):
             yield
         finally:
             self._leaf = None
-        vector.backward(reduce(gradient))
-        for parameter in self.head_parameters:
-            parameter.grad = reduce(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        vector.backward(gradient)
+
+    def gradients(self) -> list[Tensor]:
+        """What has gathered so far inside `once`, to be changed in place: of the vector `[N]`, and of each of the head's tensors."""
+        leaves = [self._seen, *self.head_parameters]
+        for leaf in leaves:
+            assert leaf is not None
+            leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        return [leaf.grad for leaf in leaves if leaf is not None and leaf.grad is not None]
 
     def tensors(self) -> list[SiteTensors]:
         """For each site keys `[P, G, D]`, values `[P, G, E]` and gates `[P, G]` or `None`."""

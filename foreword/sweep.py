@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from .console import err, human_bytes, out, table
+from .console import err, human_bytes, is_first, out, table
 from .errors import ConfigError
 from .options import Options, check_names, read_options
 
@@ -74,7 +74,7 @@ def train_sweep(
     ]
     prefixes = train_many(base.model, base.tokenizer, jobs, at_once=at_once, resume=resume, overwrite=overwrite)
     rows = []
-    for options, prefix in zip(sweep, prefixes, strict=True):
+    for options, prefix in zip(sweep, prefixes, strict=True) if is_first else ():
         save(prefix, options.job.out)
         training = prefix.metadata["training"]
         loss, size = training["held_out_loss"], human_bytes(options.job.out.stat().st_size)

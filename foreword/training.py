@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,8 +17,9 @@ from .data import Data, Example, schedule
 from .errors import ConfigError, DataError
 from .heads import head_tensors
 from .initialization import initialize
-from .loop import Progress, Run, Trainer
+from .loop import Progress, Run, Trainer, read_checkpoint
 from .prefix import Prefix
+from .processes import from_first, join
 from .reparameterization import Reparameterization
 from .runs import RunFolder, newest_checkpoint, start_file
 from .store import load, save
@@ -128,11 +128,11 @@ def train_many(
     check_model(first.task, model)
     _check_tracker(first.tracker)
     device = input_device(model)
-    accelerator = Accelerator(cpu=device.type == "cpu", log_with=first.tracker, project_dir=jobs[0].run)
+    accelerator = join(device, log_with=first.tracker, project_dir=jobs[0].run)
     if task.has_head or model.config.is_encoder_decoder:
         at_once = 1
     with _frozen(model):
-        prepared = [_prepare(model, tokenizer, job, accelerator, resume, overwrite) for job in jobs]
+        prepared = [_prepare(model, tokenizer, job, accelerator.is_main_process, resume, overwrite) for job in jobs]
         seconds = Trainer(model, task, [own.run for own in prepared], accelerator, at_once).run()
     return [_result(model, own, seconds) for own in prepared]
 
@@ -149,11 +149,11 @@ def _prepare(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     job: Job,
-    accelerator: Accelerator,
+    writes: bool,
     resume: bool,
     overwrite: bool,
 ) -> _Prepared:
-    """Check a job's rows, open its folder, choose where its prefix starts."""
+    """Check a job's rows, open its folder, choose where its prefix starts. Of several processes one `writes`."""
     prefix, config = job.prefix or PrefixConfig(), job.config or TrainConfig()
     task = TASKS[config.task]
     if prefix.initialization is None:
@@ -164,12 +164,15 @@ def _prepare(
     about = task.about(model, tokenizer)
     rows, held_out, skipped = _examples(model, tokenizer, job.data, job.held_out, prefix, config, about)
     asked = {"prefix": asdict(prefix), "train": asdict(config), "data": _digest([*rows, *held_out])}
-    folder = None
-    if job.run is not None and accelerator.is_main_process:
-        folder = RunFolder(job.run, asked, resume=resume, overwrite=overwrite)
-    accelerator.wait_for_everyone()
-    checkpoint = newest_checkpoint(job.run) if job.run is not None and resume else None
-    start = _start(model, tokenizer, rows, prefix, config, folder, checkpoint)
+
+    def earlier() -> tuple[RunFolder | None, tuple[Prefix, dict[str, Any]] | None]:
+        folder = None if job.run is None else RunFolder(job.run, asked, resume=resume, overwrite=overwrite)
+        found = newest_checkpoint(job.run) if job.run is not None and resume else None
+        return folder, None if found is None else (load(start_file(found)), read_checkpoint(found))
+
+    folder, found = from_first(earlier)
+    folder = folder if writes else None
+    start, checkpoint = found or (_start(model, tokenizer, rows, prefix, config, folder), None)
     reparameterization = Reparameterization(start, prefix, config.seed).to(input_device(model))
     steps = list[Progress]()
 
@@ -269,13 +272,12 @@ def _start(
     prefix: PrefixConfig,
     config: TrainConfig,
     folder: RunFolder | None,
-    checkpoint: Path | None,
 ) -> Prefix:
-    if checkpoint is not None:
-        return load(start_file(checkpoint))
-    start = initialize(model, tokenizer, rows, prefix, config.seed)
+    """The same in all processes: each may have to run the model, but devices differ in the last bit."""
+    own = initialize(model, tokenizer, rows, prefix, config.seed)
     if TASKS[config.task].has_head:
-        start = start.with_head(head_tensors(model))
+        own = own.with_head(head_tensors(model))
+    start = from_first(lambda: own)
     if folder is not None:
         save(start, folder.start_file)
     return start

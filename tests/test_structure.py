@@ -34,6 +34,7 @@ LEVELS = [
         "attachment",
         "composition",
         "initialization",
+        "processes",
         "responses",
         "service",
         "vllm_connector",
@@ -67,7 +68,7 @@ def imports(file: Path) -> set[str]:
 
 def test_imports_point_downward():
     level = {module: number for number, modules in enumerate(LEVELS) for module in modules}
-    files = {file.stem: file for file in PACKAGE.glob("*.py") if file.stem != "__init__"}
+    files = {file.stem: file for file in PACKAGE.glob("*.py") if not file.stem.startswith("__")}
     assert set(files) == set(level)
     upward = [
         f"{module} -> {other}"
@@ -97,6 +98,8 @@ def test_every_module_lists_what_others_may_use():
     for file in PACKAGE.glob("*.py"):
         tree = ast.parse(file.read_text("utf-8"))
         assert ast.get_docstring(tree), file
+        if file.stem == "__main__":
+            continue
         listed = {
             name
             for node in tree.body
