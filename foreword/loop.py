@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
@@ -75,7 +76,7 @@ class Run:
             {"params": self.own, "peak": config.learning_rate},
             {"params": head, "peak": config.head_learning_rate},
         ]
-        fused = self.own[0].device.type == "cuda"
+        fused = self.own[0].device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]], weight_decay=0.0, fused=fused or None
         )
@@ -119,6 +120,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * left
         self.optimizer.step()
+        increment_version(self.own)  # which a fused optimizer forgets, and by which an attachment sees the change
         self.optimizer.zero_grad()
         self.step += 1
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -257,3 +258,17 @@ def test_runs_that_share_batches_are_those_of_each_alone(llama, tokenizer):
         assert one.best_step == other.best_step
         for a, b in zip(one.folded().parameters(), other.folded().parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_attached_prefix_is_seen_as_the_optimizer_leaves_it(llama, tokenizer):
+    """A fused optimizer writes into parameters without a word, and a CUDA graph runs without a forward pass of Python."""
+    examples, _ = encode(read_rows(ROWS)[0], tokenizer, tokenizer.chat_template, 256)
+    prefix = Reparameterization(random_prefix(llama, 4, seed=0), SMALL)
+    run = Run(prefix, replace(QUICK, learning_rate=1.0), examples)
+    batch = collate([examples[:2]])
+    with attach(llama, prefix), torch.no_grad():
+        before = completion_loss(llama, batch)
+        for parameter in run.own:
+            parameter.grad = torch.ones_like(parameter)
+        run.update()
+        assert not torch.equal(completion_loss(llama, batch), before)
