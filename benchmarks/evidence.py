@@ -2,7 +2,7 @@
 
 FOLDER holds e2e/, webnlg/, sst2/ and rte/ as e2e_rows.py, webnlg_rows.py and label_rows.py write them. A plan is a list of
 cells (a data set, how many rows, a method), in their order of importance. For each cell learning rates are tried, then every
-seed is trained, answered and measured; --workers processes share the device. Each result is one JSON file in OUT as soon as
+seed is trained, answered and measured; --workers processes share the devices. Each result is one JSON file in OUT as soon as
 it is there; what lies in OUT, or in a folder of --done, is not run again, so the same command goes on after an interruption.
 After --seconds no run is started that would not end in time. --tiny runs every cell in a few steps, to see that it works.
 
@@ -159,8 +159,10 @@ def _grouped(cell: Cell, run: dict[str, Any], bench: Any, model: str, folder: Pa
     return run
 
 
-def worker(inbox: Any, results: Any, threads: int) -> None:
-    torch.set_num_threads(threads)
+def worker(inbox: Any, results: Any, number: int, workers: int) -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    if devices := torch.cuda.device_count():
+        torch.cuda.set_device(number % devices)
     while (job := inbox.get()) is not None:
         key, arguments = job
         began = time.perf_counter()
@@ -218,9 +220,8 @@ def run(options: argparse.Namespace) -> None:
     found, begun = stored([options.out, *options.done]), set[str]()
     context = mp.get_context("spawn")
     inbox, results = context.Queue(), context.Queue()
-    threads = max(1, (os.cpu_count() or 1) // options.workers)
-    for _ in range(options.workers):
-        context.Process(target=worker, args=(inbox, results, threads), daemon=True).start()
+    for number in range(options.workers):
+        context.Process(target=worker, args=(inbox, results, number, options.workers), daemon=True).start()
     busy, latest, about = 0, {True: options.expect, False: options.expect}, machine()  # seconds of tries, of a run
     by_key: dict[str, tuple[Cell, int | None]] = {}
     failed: dict[str, int] = {}

