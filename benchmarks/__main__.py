@@ -12,6 +12,7 @@ matrix product measured in the same run.
 import argparse
 import copy
 import gc
+import itertools
 import json
 import platform
 import random
@@ -34,6 +35,8 @@ from foreword.initialization import random_prefix
 from foreword.loop import Run, Trainer
 from foreword.reparameterization import Reparameterization
 from foreword.tasks import TASKS
+
+from .profiling import profile
 
 LLAMA = LlamaConfig(
     vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
@@ -222,7 +225,9 @@ def operations(model_config: Any, parameters: int, batch: Sequence[Example], vir
     return 4 * ((parameters - head) * sum(lengths) + head * sum(e.units for e in batch)) + attention
 
 
-def measure(case: Case, source: Source, rounds: int, warm: int, steps: int, compiled: bool) -> dict[str, Any]:
+def measure(
+    case: Case, source: Source, rounds: int, warm: int, steps: int, compiled: bool, profiled: bool = False
+) -> dict[str, Any]:
     rows, batches = source.batches(case)
     batches = batches[:DISTINCT]
     gpu, chosen, peaks, config, parameters = source.device.type == "cuda", {}, {}, None, 0
@@ -258,6 +263,8 @@ def measure(case: Case, source: Source, rounds: int, warm: int, steps: int, comp
                 chosen[name].step(batch)
             synchronize()
             seconds[name].append(time.perf_counter() - began)
+    turn = itertools.cycle(batches)
+    seen = profile(lambda: chosen["foreword"].step(next(turn)), len(batches)) if profiled and gpu else None
     for method in chosen.values():
         method.close()
     speed = product_speed(case.precision, source.device)
@@ -282,6 +289,7 @@ def measure(case: Case, source: Source, rounds: int, warm: int, steps: int, comp
         "case": case.name, "precision": case.precision, "batch": case.batch, "virtual_tokens": case.virtual_tokens,
         "rounds": rounds, "steps_a_round": steps, "compiled": compiled, "floor_ms": round(floor, 2),
         "product_tflops": round(speed / 1e12, 2), "bars": case.bars, "methods": figures,
+        **({} if seen is None else {"kernels": seen}),
     }  # fmt: skip
 
 
@@ -314,6 +322,12 @@ def show(report: dict[str, Any]) -> None:
             f.get("allocated_gib", "-"),
         ]
         print(f"| {f['method']} | " + " | ".join(map(str, cells)) + " |", flush=True)
+    if seen := report.get("kernels"):
+        print(f"\nForeword's step, profiled, {seen['ms']} ms:")
+        for name, (ms, count) in seen["groups"].items():
+            print(f"{ms:8.2f} ms {count:6} kernels  {name}")
+        for name, ms, count in seen["longest"]:
+            print(f"{ms:8.3f} ms {count:6.1f}  {name}", flush=True)
 
 
 def draw(reports: list[dict[str, Any]], path: Path) -> None:
@@ -352,6 +366,7 @@ def main() -> None:
         "--warm", type=int, default=2, metavar="N", help="steps before the first round, for compiling and capturing"
     )
     parser.add_argument("--compile", action="store_true", help="compile the layers, as `foreword train --compile` does")
+    parser.add_argument("--kernels", action="store_true", help="also what the GPU does in a step of Foreword's")
     parser.add_argument("--out", type=Path, help="a folder for the figures as JSON and their plot")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -360,7 +375,9 @@ def main() -> None:
     reports = []
     for case in PROFILES[options.profile]:
         if options.cases is None or options.cases in case.name:
-            reports.append(measure(case, source, options.rounds, options.warm, options.steps, options.compile))
+            reports.append(
+                measure(case, source, options.rounds, options.warm, options.steps, options.compile, options.kernels)
+            )
             show(reports[-1])
             gc.collect()
             if torch.cuda.is_available():
