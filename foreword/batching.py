@@ -153,7 +153,7 @@ class BatchingEngine:
         self._staged = deque[_Group]()
         self._rows: list[_Job] = []  # those that decode, in the order of the cache's rows
         self._cache = SlotCache(self._sliding)
-        self._fresh_turn = True
+        self._short_turn = True
         self._deadline: float | None = None  # set by `close`
         self._failure: BaseException | None = None
         self._counts = {"steps_total": 0, "prefill_tokens_total": 0, "generated_tokens_total": 0}
@@ -426,11 +426,18 @@ class BatchingEngine:
                 self._rows.append(job)
 
     def _next_group(self) -> _Group | None:
-        """In turns a group that is new and one that has begun, if there are both."""
-        fresh = self._admit() if self._fresh_turn or not self._staged else []
-        self._fresh_turn = not fresh
-        if fresh:
-            return _Group(fresh, self._sliding)
+        """In turns a group that is read in one part and one that takes several, if there are both.
+
+        Long prompts that have come first are put aside, so a short one waits for one part of one of them, however many there are.
+        """
+        if self._short_turn or not self._staged:
+            while jobs := self._admit():
+                group = _Group(jobs, self._sliding)
+                if len(jobs) * group.width <= self.limits.prefill_tokens:
+                    self._short_turn = False
+                    return group
+                self._staged.append(group)
+        self._short_turn = True
         return self._staged.popleft() if self._staged else None
 
     def _admit(self) -> list[_Job]:
