@@ -8,7 +8,7 @@ CPU_TORCH := -qq --retries 1 --no-deps --extra-index-url https://download.pytorc
 ROWS ?= rows.jsonl
 PROFILE ?= cpu
 
-.PHONY: demo test test-all bench test-vllm engines-report check docs clean
+.PHONY: demo test test-all test-browser bench test-vllm engines-report check docs clean
 
 VLLM ?= .venv-vllm
 LLAMA_CPP_PYTHON ?= # the python of an environment with llama-cpp-python and Foreword, for engines-report
@@ -24,6 +24,9 @@ test-all: .venv/dev ## run them on every model family, and write which can do wh
 
 bench: .venv/dev .venv/model ## training speed beside PEFT: make bench ROWS=file.jsonl PROFILE=cpu|gpu
 	$(BIN)/python -m benchmarks $(PROFILE) $(ROWS) --out benchmarks/results
+
+test-browser: .venv/browser ## run the tests of the page in headless Chromium (apt-get install chromium)
+	$(BIN)/pytest tests_browser
 
 test-vllm: $(VLLM)/ready ## run the tests inside vLLM, in an environment of its own (several GB; minutes)
 	$(VLLM)/bin/python -m pytest tests_vllm -q -o addopts= -o filterwarnings=
@@ -55,6 +58,10 @@ docs: .venv/dev ## write docs/api.md from the docstrings
 
 .venv/dev: .venv/base
 	$(BIN)/pip install -qq --editable '.[dev]'
+	touch $@
+
+.venv/browser: .venv/dev
+	$(BIN)/pip install -qq playwright==1.65.2
 	touch $@
 
 # vLLM for CPUs, without what it asks for that only images and sound need.

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from served import starting
 from zoo import make_model
 
 import foreword
@@ -23,41 +24,10 @@ from foreword.data import read_rows
 from foreword.initialization import random_prefix
 
 
-class Running:
-    """`foreword serve` in a process of its own, on a port that was free."""
-
-    def __init__(self, *options: object) -> None:
-        command = [sys.executable, "-m", "foreword.cli", "serve", "--port", "0", *map(str, options)]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        assert self.process.stderr is not None
-        self.lines = list[str]()
-        found = None
-        while found is None:
-            line = self.process.stderr.readline()
-            assert line, "".join(self.lines)
-            self.lines.append(line)
-            found = re.search(r"http://\S+:\d+", line)
-        self.url = found.group()
-
-    def stop(self, sent: signal.Signals = signal.SIGTERM) -> str:
-        """Its log, once it has ended."""
-        self.process.send_signal(sent)
-        _, rest = self.process.communicate(timeout=60)
-        return "".join(self.lines) + rest
-
-
 @pytest.fixture
 def start() -> Iterator[Any]:
-    started = list[Running]()
-
-    def make(*options: object) -> Running:
-        started.append(Running(*options))
-        return started[-1]
-
-    yield make
-    for server in started:
-        server.process.kill()
-        server.process.communicate()
+    with starting() as start:
+        yield start
 
 
 @pytest.fixture
