@@ -2,9 +2,10 @@
 
     python benchmarks/load.py soak --seconds 600         # many clients, mixed, some hang up, prefixes come and go
     python benchmarks/load.py bars                       # throughput over prefixes, latency of a switch, 1,000 prefixes
-    python benchmarks/load.py speed http://127.0.0.1:8080/v1   # the plain load of `bars` on another server
+    python benchmarks/load.py llama                      # the plain load of `bars` here and on llama.cpp's server
+    python benchmarks/load.py speed http://127.0.0.1:8080/v1   # the same on any other server
 
-The first two start `foreword serve` themselves, on an empty store. Each answer is compared with what the model says to that
+All but the last start `foreword serve` themselves, on an empty store. Each answer is compared with what the model says to that
 request alone, greedily, in this process: in float32, where both must be equal.
 """
 
@@ -12,6 +13,7 @@ import argparse
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -23,7 +25,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -269,12 +273,16 @@ def _quantile(values: list[float], percent: int) -> float:
 # -------------------------------------------------------------------------------------------------------- bars
 
 
+_numbers = itertools.count(1000)
+
+
 async def throughput(url: str, models: Sequence[str], at_once: int, count: int = 64) -> float:
     """Tokens a second of one request for each of `models`, so many at once."""
     gate, tokens = asyncio.Semaphore(at_once), 0
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=64)) as client:
 
-        async def one(number: int, model: str) -> int:
+        async def one(model: str) -> int:
+            number = next(_numbers)  # no prompt comes twice, as servers remember them
             words = f"Customer {number} writes: my lamp from order {5000 + number} flickers since Monday, what can I do about it?"
             body = {"prompt": words, "max_tokens": count, "temperature": 0, "ignore_eos": True} | (
                 {"model": model} if model else {}
@@ -285,7 +293,7 @@ async def throughput(url: str, models: Sequence[str], at_once: int, count: int =
             return response.json()["usage"]["completion_tokens"]
 
         began = time.perf_counter()
-        tokens = sum(await asyncio.gather(*(one(i, model) for i, model in enumerate(models))))
+        tokens = sum(await asyncio.gather(*map(one, models)))
         return tokens / (time.perf_counter() - began)
 
 
@@ -298,8 +306,8 @@ def speeds(url: str, names: Sequence[str], rounds: int = 2) -> dict[str, Any]:
         loads["one after another"] = ([*names[:4]], 1)
     else:
         loads["one after another"] = ([""] * 4, 1)
-    for models, at_once in loads.values():
-        asyncio.run(throughput(url, models[:4], at_once, 8))
+    for models, at_once in loads.values():  # warm up
+        asyncio.run(throughput(url, models, at_once, 8))
     found = [{name: asyncio.run(throughput(url, *load)) for name, load in loads.items()} for _ in range(rounds)]
     told: dict[str, Any] = {name: round(statistics.median(r[name] for r in found), 1) for name in loads}
     if names:
@@ -329,6 +337,80 @@ def switching(server: Server, names: Sequence[str]) -> dict[str, float]:
         "on the device, ms": round(statistics.median(warm), 1),
         "added, ms": round(statistics.median(c - w for c, w in zip(cold, warm, strict=True)), 1),
     }
+
+
+async def interrupting(url: str, shorts: int = 12) -> dict[str, Any]:
+    """Tokens that a running answer gets while a short request waits for its first, beside a long prompt that is read."""
+    made, told = 0, list[tuple[int, float]]()
+    limits = httpx.Limits(max_connections=8)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+
+        async def stream(prompt: str, count: int) -> AsyncGenerator[dict[str, Any]]:
+            body = {"prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True, "stream": True}
+            async with client.stream("POST", "completions", json=body | {"logprobs": 0}) as response:
+                response.raise_for_status()
+                async for line in response.aiter_lines():
+                    if line.startswith("data: {"):
+                        yield json.loads(line[6:])["choices"][0]
+
+        async def running() -> None:
+            nonlocal made
+            async for choice in stream("A long story about the sea.", 600):
+                made += len((choice["logprobs"] or {}).get("tokens", ()))
+
+        async def long_prompts() -> None:
+            while True:
+                async for _ in stream(f"{made} lamps from order 5512 flicker. " * 120, 1):
+                    pass
+
+        tasks = [asyncio.create_task(running())]
+        while made < 10:
+            await asyncio.sleep(0.01)
+        tasks.append(asyncio.create_task(long_prompts()))
+        await asyncio.sleep(0.5)
+        for i in range(shorts):
+            before, began = made, time.perf_counter()
+            async with contextlib.aclosing(stream(f"Hi {i}", 1)) as answer:
+                await anext(answer)
+                told.append((made - before, time.perf_counter() - began))
+            await asyncio.sleep(0.3)
+        assert not tasks[0].done(), "the running answer ended before the short requests did"
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    steps, seconds = zip(*told, strict=True)
+    return {
+        "steps until its first token": sorted(steps),
+        "ms until its first token": round(1000 * statistics.median(seconds)),
+    }
+
+
+def beside_llama(folder: Path, model: str, precision: str) -> dict[str, Any]:
+    """The plain load here, then on llama.cpp's server with the same weights in float32 and as they were quantized."""
+    from engines import unquantized
+    from llamacpp import llama_server
+
+    from foreword.models import ALIASES
+
+    packaged = ALIASES[model]
+    spec = find_spec(packaged.module)
+    assert spec is not None
+    assert spec.origin is not None
+    quantized = Path(spec.origin).parent / packaged.file
+    store = folder / "plain" / "store"
+    store.mkdir(parents=True)
+    told = dict[str, Any]()
+    with serving(store, model, "--precision", precision) as server:
+        told[f"foreword, {precision}"] = speeds(server.url, [])
+    full = unquantized(quantized, folder / "f32.gguf")
+    for name, file in (("llama.cpp, F32", full), ("llama.cpp, Q4_1", quantized)):
+        with llama_server(file, folder, os.cpu_count() or 1, n_ctx=16 * 512, n_parallel=16, warmup=True) as server:
+            told[name] = speeds(f"{server.address}/v1", [])
+    for found in told.values():
+        found["foreword / this, 16 at once"] = round(
+            told[f"foreword, {precision}"]["16 at once, no prefix"] / found["16 at once, no prefix"], 2
+        )
+    return told
 
 
 def many(folder: Path, model: str, contents: bytes, count: int) -> dict[str, Any]:
@@ -369,13 +451,14 @@ def many(folder: Path, model: str, contents: bytes, count: int) -> dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb in ("soak", "bars"):
+    for verb in ("soak", "bars", "llama"):
         sub = verbs.add_parser(verb)
         sub.add_argument("--model", default="smollm2")
         sub.add_argument("--seconds", type=float, default=600)
         sub.add_argument("--clients", type=int, default=CLIENTS)
         sub.add_argument("--precision", default="float32")
         sub.add_argument("--many", type=int, default=1000)
+        sub.add_argument("--rounds", type=int, default=3)
         sub.add_argument("--out", type=Path)
     plain = verbs.add_parser("speed")
     plain.add_argument("url")
@@ -383,10 +466,14 @@ def main() -> None:
     arguments = parser.parse_args()
     result: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/load.py", *sys.argv[1:]]),
-        "versions": {"foreword": foreword.__version__, "torch": torch.__version__, "cores": os.cpu_count()},
+        "versions": {name: _version(name) for name in ("foreword", "torch", "transformers", "xllamacpp")}
+        | {"cores": os.cpu_count()},
     }
     if arguments.verb == "speed":
         result |= speeds(arguments.url, [])
+    elif arguments.verb == "llama":
+        with tempfile.TemporaryDirectory() as folder:
+            result |= beside_llama(Path(folder), arguments.model, arguments.precision)
     else:
         with tempfile.TemporaryDirectory() as folder:
             result |= measure(arguments, Path(folder))
@@ -396,6 +483,13 @@ def main() -> None:
         arguments.out.write_text(text + "\n", "utf-8")
     if result.get("wrong answers") or result.get("lost"):
         sys.exit(1)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -413,7 +507,11 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             return asyncio.run(soak(server, cases, contents, arguments.seconds, arguments.clients))
     del base
     with serving(store, arguments.model, "--precision", arguments.precision) as server:
-        found = {"switching": switching(server, names), "tokens per second": speeds(server.url, names)}
+        found = {
+            "switching": switching(server, names),
+            "tokens per second": speeds(server.url, names, arguments.rounds),
+            "short requests beside a running answer and long prompts": asyncio.run(interrupting(server.url)),
+        }
     return found | {"many": many(folder, arguments.model, contents[0], arguments.many)}
 
 

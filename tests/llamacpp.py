@@ -88,7 +88,7 @@ class LlamaServer:
 
 
 @contextmanager
-def llama_server(model: Path, slots: Path, **options: Any) -> Iterator[LlamaServer]:
+def llama_server(model: Path, slots: Path, threads: int = 1, **options: Any) -> Iterator[LlamaServer]:
     from importlib import import_module
 
     xllamacpp: Any = import_module("xllamacpp")
@@ -97,7 +97,7 @@ def llama_server(model: Path, slots: Path, **options: Any) -> Iterator[LlamaServ
     params.slot_save_path = f"{slots}/"
     params.n_ctx, params.n_parallel, params.kv_unified, params.endpoint_slots = 1024, 3, True, True
     params.cache_idle_slots = False
-    params.cpuparams.n_threads = 1
+    params.cpuparams.n_threads = threads
     params.warmup = False
     for name, value in options.items():
         setattr(params, name, value)
