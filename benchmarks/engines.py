@@ -307,13 +307,11 @@ def compared(name: str, told: str, own: list[Answered], other: list[Answered], e
 
 
 def report(options: argparse.Namespace) -> str:
-    from importlib.util import find_spec
-
     import torch
     import transformers
 
     from foreword import load_base
-    from foreword.models import ALIASES
+    from foreword.models import packaged_files
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -322,10 +320,7 @@ def report(options: argparse.Namespace) -> str:
     asked = questions(base, store)
     own = in_foreword(asked, base, store)
     end: Any = base.tokenizer.eos_token_id
-    spec = find_spec(ALIASES["smollm2"].module)
-    assert spec is not None
-    assert spec.origin is not None
-    quantized = Path(spec.origin).parent / ALIASES["smollm2"].file
+    [quantized] = packaged_files("smollm2")
     total = sum(a.tokens.index(end) + 1 if end in a.tokens else len(a.tokens) for a in own)
     rows = [
         f"| Foreword, mixed batch | Transformers {transformers.__version__} | {len(own)} of {len(own)} | {total} | - |"

@@ -27,7 +27,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -390,13 +389,9 @@ def beside_llama(folder: Path, model: str, precision: str) -> dict[str, Any]:
     from engines import unquantized
     from llamacpp import llama_server
 
-    from foreword.models import ALIASES
+    from foreword.models import packaged_files
 
-    packaged = ALIASES[model]
-    spec = find_spec(packaged.module)
-    assert spec is not None
-    assert spec.origin is not None
-    quantized = Path(spec.origin).parent / packaged.file
+    [quantized] = packaged_files(model)
     store = folder / "plain" / "store"
     store.mkdir(parents=True)
     told = dict[str, Any]()

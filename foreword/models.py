@@ -17,7 +17,16 @@ from .errors import ConfigError
 from .heads import head_names, note_missing
 from .tasks import TASKS
 
-__all__ = ["ALIASES", "Base", "Precision", "cache_folder", "load_base", "machine_precision", "model_folder"]
+__all__ = [
+    "ALIASES",
+    "Base",
+    "Precision",
+    "cache_folder",
+    "load_base",
+    "machine_precision",
+    "model_folder",
+    "packaged_files",
+]
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -59,6 +68,12 @@ def cache_folder() -> Path:
 def model_folder(name: str) -> str:
     """Where the model is that `name` stands for: an alias's folder, made if needed, or the name itself."""
     return str(_installed(name)) if name in ALIASES else name
+
+
+def packaged_files(alias: str) -> list[Path]:
+    """What the alias's packages hold: a folder, or the parts of a GGUF file."""
+    packaged = ALIASES[alias]
+    return [_inside(alias, path, packaged.install) for path in packaged.paths]
 
 
 def machine_precision(device: torch.device) -> torch.dtype:
@@ -161,11 +176,10 @@ def _check_complete(task: TaskName, name: str, model: PreTrainedModel, report: d
 
 def _installed(alias: str) -> Path:
     """The folder of a packaged model; one in GGUF is converted to safetensors on first use."""
-    packaged = ALIASES[alias]
     target = cache_folder() / alias
     if target.exists():
         return target
-    sources = [_inside(alias, path, packaged.install) for path in packaged.paths]
+    sources = packaged_files(alias)
     if sources[0].is_dir():
         return sources[0]
     with tempfile.TemporaryDirectory() as whole:
