@@ -1,7 +1,7 @@
-"""Prefix against linear probe and full fine-tuning on SST-2: python benchmarks/sst2.py FOLDER [--model minilm] [--seeds 1].
+"""Prefix against linear probe and full fine-tuning with an encoder: python benchmarks/encoder.py ROWS [--model minilm] [--seeds 1].
 
-FOLDER holds sentences_{train,dev,test}.tsv, lines of `label<TAB>text`. Each method is tuned alike: one run for each of
-four learning rates, which fall linearly to zero, and the one with the highest accuracy on dev after the last step is
+ROWS holds train.jsonl, valid.jsonl and test.jsonl, as `label_rows.py --head` writes them. Each method is tuned alike: one run for each of
+four learning rates, which fall linearly to zero, and the one with the highest accuracy on the validation rows after the last step is
 measured on test, once for each seed. All train with dropout. Prints one JSON line a try to stderr, and the table.
 """
 
@@ -18,35 +18,28 @@ import transformers
 from torch.nn.functional import cross_entropy
 
 from foreword import PrefixConfig, TrainConfig, evaluate, load_base, train
-from foreword.classification import decode
+from foreword.classification import decode, labels
 from foreword.data import HeadRow, schedule
 from foreword.heads import head_names
 from foreword.models import Base
 from foreword.tasks import TASKS, read
 
-LABELS = ["negative", "positive"]
 TASK, BATCH = TASKS["classification"], 16
 Data = dict[str, list[HeadRow]]
 
 
-def read_part(folder: Path, part: str) -> list[HeadRow]:
-    lines = (folder / f"sentences_{part}.tsv").read_text("utf-8").splitlines()
-    pairs = [line.split("\t") for line in lines]
-    return read(TASK, [{"text": text, "label": LABELS[int(label)]} for label, text in pairs])[0]
-
-
 def examples(base: Base, rows: list[HeadRow]) -> list[Any]:
-    return TASK.encode(rows, base.tokenizer, {"labels": LABELS}, 512)[0]
+    return TASK.encode(rows, base.tokenizer, TASK.about(base.model, base.tokenizer), 512)[0]
 
 
 @torch.no_grad()
 def accuracy_of(base: Base, rows: list[HeadRow]) -> float:
     """Accuracy of a model without a prefix."""
-    made, right = examples(base, rows), 0
+    made, right, about = examples(base, rows), 0, TASK.about(base.model, base.tokenizer)
     order = sorted(range(len(rows)), key=lambda i: len(made[i].input_ids))
     for first in range(0, len(rows), 64):
         chosen = order[first : first + 64]
-        found = decode(base.model, [made[i] for i in chosen], [rows[i] for i in chosen], {"labels": LABELS})
+        found = decode(base.model, [made[i] for i in chosen], [rows[i] for i in chosen], about)
         right += sum(label == rows[i].answer for label, i in zip(found, chosen, strict=True))
     return 100 * right / len(rows)
 
@@ -69,22 +62,22 @@ def tuned(base: Base, data: Data, rate: float, seed: int, steps: int) -> Base:
     return base
 
 
-def load(name: str, seed: int, precision: Any) -> Base:
-    return load_base(name, task="classification", labels=LABELS, seed=seed, precision=precision)
+def load(options: Any, data: Data, seed: int) -> Base:
+    return load_base(options.model, task="classification", labels=labels(data["train"]), seed=seed, precision="float32")
 
 
 Result = tuple[Callable[[str], float], int]  # accuracy on a part of the data, and how many parameters were trained
 
 
 def fine_tuning(options: Any, data: Data, rate: float, seed: int) -> Result:
-    base = load(options.model, seed, "float32")
+    base = load(options, data, seed)
     base.model.requires_grad_(True)
     tuned(base, data, rate, seed, options.steps)
     return lambda part: accuracy_of(base, data[part]), base.model.num_parameters()
 
 
 def linear_probe(options: Any, data: Data, rate: float, seed: int) -> Result:
-    base = load(options.model, seed, "float32")
+    base = load(options, data, seed)
     for name in head_names(base.model):
         base.model.get_parameter(name).requires_grad_(True)
     trained = sum(parameter.numel() for parameter in base.model.parameters() if parameter.requires_grad)
@@ -94,7 +87,7 @@ def linear_probe(options: Any, data: Data, rate: float, seed: int) -> Result:
 
 def sentence_probe(options: Any, data: Data, rate: float, seed: int) -> Result:
     """Logistic regression on the mean of the last hidden states, which is what MiniLM was trained to give sentences."""
-    base = load(options.model, seed, "float32")
+    base = load(options, data, seed)
 
     @torch.no_grad()
     def embedded(part: str) -> torch.Tensor:
@@ -104,10 +97,11 @@ def sentence_probe(options: Any, data: Data, rate: float, seed: int) -> Result:
             made.append(base.model.base_model(ids).last_hidden_state[0].mean(0))
         return torch.stack(made)
 
-    def labels(part: str) -> torch.Tensor:
-        return torch.tensor([LABELS.index(row.answer) for row in data[part]], device=base.model.device)
+    def numbers(part: str) -> torch.Tensor:
+        known = labels(data["train"])
+        return torch.tensor([known.index(str(row.answer)) for row in data[part]], device=base.model.device)
 
-    texts, right = embedded("train"), labels("train")
+    texts, right = embedded("train"), numbers("train")
     center, spread = texts.mean(0), texts.std(0)
     probe = torch.nn.Linear(texts.shape[1], 2, device=texts.device)
     optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=500, line_search_fn="strong_wolfe")
@@ -122,13 +116,13 @@ def sentence_probe(options: Any, data: Data, rate: float, seed: int) -> Result:
 
     def accuracy(part: str) -> float:
         said = probe((embedded(part) - center) / spread).argmax(-1)
-        return 100 * float((said == labels(part)).float().mean())
+        return 100 * float((said == numbers(part)).float().mean())
 
     return accuracy, sum(parameter.numel() for parameter in probe.parameters())
 
 
 def prefix(options: Any, data: Data, rate: float, seed: int) -> Result:
-    base = load(options.model, seed, "float32")
+    base = load(options, data, seed)
     config = TrainConfig(
         task="classification",
         steps=options.prefix_steps,
@@ -156,7 +150,7 @@ METHODS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("rows", type=Path)
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
@@ -167,7 +161,7 @@ def main() -> None:
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    data = {part: read_part(options.folder, part) for part in ("train", "dev", "test")}
+    data = {part: read(TASK, str(options.rows / f"{part}.jsonl"))[0] for part in ("train", "valid", "test")}
     table = []
     for name in options.methods:
         method, rates = METHODS[name]
@@ -175,16 +169,16 @@ def main() -> None:
         for rate in rates:
             began = time.perf_counter()
             accuracy, parameters = method(options, data, rate, 0)
-            told = {"method": name, "rate": rate, "dev": round(accuracy("dev"), 2)}
-            tries.append((told["dev"], rate, accuracy, parameters))
+            told = {"method": name, "rate": rate, "valid": round(accuracy("valid"), 2)}
+            tries.append((told["valid"], rate, accuracy, parameters))
             seconds = round(time.perf_counter() - began)
             print(json.dumps(told | {"seconds": seconds}), file=sys.stderr, flush=True)
-        dev, rate, accuracy, parameters = max(tries, key=lambda entry: entry[0])
+        valid, rate, accuracy, parameters = max(tries, key=lambda entry: entry[0])
         tests = [accuracy("test")]
         tests += [method(options, data, rate, seed)[0]("test") for seed in range(1, options.seeds)]
         shown = " ".join(f"{test:.1f}" for test in tests)
-        table.append(f"| {name} | {parameters:,} | {rate} | {dev:.1f} | {shown} |")
-    print("| method | trained parameters | learning rate | dev | test |\n|---|---|---|---|---|")
+        table.append(f"| {name} | {parameters:,} | {rate} | {valid:.1f} | {shown} |")
+    print("| method | trained parameters | learning rate | validation | test |\n|---|---|---|---|---|")
     print("\n".join(table))
 
 
