@@ -95,6 +95,8 @@ class TrainConfig:
         skip_bad_rows: leave bad rows out and count them, instead of an error.
         compile: compile the model's layers, which takes a minute and then makes a step faster. By default on GPUs for 1,000
             steps or more.
+        gradient_checkpointing: keep no more than each layer's input for the backward pass, and compute the layers a second
+            time there: less memory, a third more arithmetic, the same prefix.
         tracker: a tracker of Accelerate's, such as `tensorboard` or `wandb`, to log to as well.
     """
 
@@ -113,6 +115,7 @@ class TrainConfig:
     seed: int = 0
     skip_bad_rows: bool = False
     compile: bool | None = None
+    gradient_checkpointing: bool = False
     tracker: str | None = None
 
     def __post_init__(self) -> None:

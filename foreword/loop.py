@@ -17,14 +17,16 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .anatomy import input_device, layers_with_sites
@@ -34,6 +36,7 @@ from .data import Batch, Example, schedule
 from .errors import ConfigError
 from .prefix import Prefix
 from .processes import add_up, is_sharded
+from .quantized import differentiable
 from .reparameterization import Reparameterization
 from .runs import RunFolder
 from .tasks import Task
@@ -221,8 +224,11 @@ class Trainer:
         self.last_report = time.perf_counter()
         if self.graphs is not None:
             self.inside.enter_context(_stream_of_its_own())
+        self.inside.enter_context(differentiable(self.model))
         if any(_wants_compiling(run.config, self.device, self.sharded) for run in self.runs):
             self.inside.enter_context(_compiled(self.model))
+        if any(run.config.gradient_checkpointing for run in self.runs):
+            self.inside.enter_context(_checkpointed(self.model))
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -437,6 +443,28 @@ def _compiled(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for layer, call in zip(layers, before, strict=True):
             layer._compiled_call_impl = call
+
+
+@contextmanager
+def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a layer keeps its inputs for the backward pass, which computes it once more, and nothing between.
+
+    Transformers' own checkpointing works in training mode only, which would bring the model's dropout.
+    """
+    layers = [layer for _, layer in layers_with_sites(model)]
+    before = [layer._compiled_call_impl for layer in layers]
+    for layer, compiled in zip(layers, before, strict=True):
+        layer._compiled_call_impl = partial(_again, compiled or layer._call_impl, layer)
+    try:
+        yield
+    finally:
+        for layer, call in zip(layers, before, strict=True):
+            layer._compiled_call_impl = call
+
+
+def _again(call: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call the layer, now and once more in the backward pass; the same elements drop out, if any do."""
+    return checkpoint(call, *args, use_reentrant=False, preserve_rng_state=layer.training, **kwargs)
 
 
 def _wants_compiling(config: TrainConfig, device: torch.device, sharded: bool) -> bool:

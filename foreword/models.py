@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from .config import TaskName
 from .errors import ConfigError
 from .heads import head_names, note_missing
+from .quantized import is_quantized, quantization_config
 from .tasks import TASKS
 
 __all__ = [
@@ -28,7 +29,7 @@ __all__ = [
     "packaged_files",
 ]
 
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Precision = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4", "fp8"]
 
 
 class Base(NamedTuple):
@@ -105,19 +106,23 @@ def load_base(
         task: as in `TrainConfig`.
         labels: for the tasks with labels all of them, in the order of the head's outputs.
         seed: of what the checkpoint does not hold of the head, which starts from random numbers.
-        precision: `auto` is `machine_precision`.
+        precision: `auto` is `machine_precision`. `int8`, `int4` (NF4) and `fp8` quantize the weights of linear layers, and
+            keep everything else as `auto` does; they need the extra `quantized`.
         device: for example `cpu` or `cuda:1`; the first accelerator if there is one.
 
     Raises:
         ConfigError: there is no such model, or it needs code that was not asked for; labels are missing, or the
-            checkpoint has no language-model head to complete prompts with.
+            checkpoint has no language-model head to complete prompts with; the precision needs a library that is not
+            installed, or the model has no linear layers to quantize.
 
     Example:
         >>> model, tokenizer, name = load_base("smollm2", precision="float32")  # doctest: +SKIP
     """
     where = torch.device(device or (torch.accelerator.current_accelerator() or "cpu"))
     folder = model_folder(name)
-    dtype = machine_precision(where) if precision == "auto" else getattr(torch, precision)
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    dtype = named.get(precision) or machine_precision(where)
+    quantization = quantization_config(precision, dtype)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     outputs = _outputs(task, labels)
     try:
@@ -127,6 +132,8 @@ def load_base(
         auto: Any = getattr(transformers, f"AutoModel{kind}")
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
+            if quantization is not None:  # while it is loaded, so that it is never whole on the device
+                outputs |= {"quantization_config": quantization, "device_map": {"": where}}
             model, report = auto.from_pretrained(
                 folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **outputs, **options
             )
@@ -140,7 +147,14 @@ def load_base(
     text_config = model.config.get_text_config()
     if TASKS[task].has_head and text_config.pad_token_id is None:
         text_config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    model.to(where).eval().requires_grad_(False)
+    if quantization is None:
+        model.to(where)
+    elif not any(is_quantized(module) for module in model.modules()):
+        raise ConfigError(
+            f"{name!r} has no linear layers that can be quantized, so precision {precision} would change nothing. "
+            "Load it in bfloat16."
+        )
+    model.eval().requires_grad_(False)
     model.config._name_or_path = name
     return Base(model, tokenizer, name)
 

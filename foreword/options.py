@@ -29,7 +29,8 @@ class JobConfig:
         data: training rows: a .jsonl, .csv or .parquet file, or the name of a data set.
         out: the prefix file to write (*.safetensors). Its run folder stands beside it (*.run).
         held_out: rows to measure progress on; by default some are set aside from the training rows.
-        precision: of the base; `auto` is bfloat16 where the machine multiplies it natively.
+        precision: of the base; `auto` is bfloat16 where the machine multiplies it natively. `int8`, `int4` and `fp8`
+            quantize its linear layers, which takes half or a quarter of the memory.
         device: for example `cpu` or `cuda:1`; by default the accelerator, if there is one.
         trust_remote_code: run Python code that comes with the model.
     """
@@ -38,7 +39,7 @@ class JobConfig:
     data: str
     out: Path
     held_out: str | None = None
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4", "fp8"] = "auto"
     device: str | None = None
     trust_remote_code: bool = False
 

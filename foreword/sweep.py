@@ -14,7 +14,17 @@ from .options import Options, check_names, read_options
 
 __all__ = ["read_sweep", "train_sweep"]
 
-_SHARED = ("model", "precision", "device", "trust_remote_code", "task", "micro_batches", "tracker", "compile")
+_SHARED = (
+    "model",
+    "precision",
+    "device",
+    "trust_remote_code",
+    "task",
+    "micro_batches",
+    "tracker",
+    "compile",
+    "gradient_checkpointing",
+)
 
 
 def read_sweep(file: Path, config: Path | None, given: Mapping[str, Any]) -> list[Options]:

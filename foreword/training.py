@@ -117,7 +117,7 @@ def train_many(
         >>> prefixes = train_many(model, tokenizer, jobs)  # doctest: +SKIP
     """
     configs = [job.config or TrainConfig() for job in jobs]
-    for name in ("task", "micro_batches", "tracker", "compile"):
+    for name in ("task", "micro_batches", "tracker", "compile", "gradient_checkpointing"):
         if len(found := {getattr(config, name) for config in configs}) > 1:
             raise ConfigError(
                 f"Runs that are trained together share {name}, got {', '.join(map(repr, found))}. Train them apart."
