@@ -1,7 +1,7 @@
 """What makes a base model this model and no other: its architecture fields and a digest of sampled weights."""
 
 import hashlib
-from math import isfinite, prod
+from math import isclose, isfinite, prod
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -35,8 +35,9 @@ _remembered: "WeakKeyDictionary[nn.Module, dict[str, Any]]" = WeakKeyDictionary(
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Architecture fields of the model's config, and a few hundred of its weights rounded to bfloat16.
 
-    Weights that are quantized, sharded or not in memory are left out. The sample survives a change of precision; a fine-tuned
-    copy of the model does not match.
+    Weights that are quantized, sharded or not in memory are left out, and so are the matrices of a model that was dequantized
+    while it was loaded, as from GGUF. So the sample survives a change of precision; a fine-tuned copy of the model does
+    not match.
 
     The head is left out: a task's is random at each load. So a base matches itself loaded with any auto class that names
     its weights alike. All classes with a head do in most families (`bert.encoder...` for each task), but not a bare
@@ -91,7 +92,7 @@ def check_fingerprint(expected: dict[str, Any], model: nn.Module, name: str) -> 
 def compare_fingerprints(expected: dict[str, Any], found: dict[str, Any], name: str) -> None:
     """As `check_fingerprint`, for a model's fingerprint."""
     old, new = expected["architecture"], found["architecture"]
-    different = {key for key in old.keys() & new.keys() if old[key] != new[key]}
+    different = {key for key in old.keys() & new.keys() if not _same(old[key], new[key])}
     if different:
         lines = "; ".join(f"{key}: prefix {old[key]!r}, model {new[key]!r}" for key in sorted(different))
         raise ModelMismatchError(
@@ -110,6 +111,15 @@ def compare_fingerprints(expected: dict[str, Any], found: dict[str, Any], name: 
         )
 
 
+def _same(old: Any, new: Any) -> bool:
+    """Whether two fields say the same; GGUF keeps numbers in float32."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return old.keys() == new.keys() and all(_same(old[key], new[key]) for key in old)
+    if isinstance(old, float) and isinstance(new, float):
+        return isclose(old, new, rel_tol=1e-6)
+    return old == new
+
+
 def digest(model: nn.Module) -> str:
     """SHA-256 over the bytes of every weight of the model."""
     sha = hashlib.sha256()
@@ -123,15 +133,13 @@ def digest(model: nn.Module) -> str:
 
 def _sample(model: nn.Module) -> dict[str, list[int]]:
     """Per parameter name, some of its values as the bits of a bfloat16."""
-    head = set(head_names(model))
-    named = sorted(
-        (name, parameter)
-        for name, parameter in own_parameters(model)
-        if name not in head
-        and type(parameter) in (nn.Parameter, torch.Tensor)  # a quantized or a sharded weight is of another
-        and parameter.is_floating_point()
-        and not parameter.is_meta
-    )
+    head, config = set(head_names(model)), getattr(model, "config", None)
+    own = [(name, parameter) for name, parameter in own_parameters(model) if name not in head]
+    # A quantized or a sharded weight is of another class.
+    plain = [(n, p) for n, p in own if type(p) in (nn.Parameter, torch.Tensor) and p.is_floating_point()]
+    if getattr(config, "quantization_config", None) is not None and len(plain) == len(own):  # dequantized
+        plain = [(name, parameter) for name, parameter in plain if parameter.dim() < 2]
+    named = sorted((name, parameter) for name, parameter in plain if not parameter.is_meta)
     chosen = named[:: max(1, len(named) // _PARAMETERS)][:_PARAMETERS]
     sample = {}
     for name, parameter in chosen:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from .anatomy import layers_with_sites, layers_without_sites, stacks
 from .errors import ConfigError, ForewordError
 from .fingerprint import remember_fingerprint
+from .quantized import is_quantized
 
 __all__ = ["add_up", "from_first", "is_sharded", "join", "leave", "own_device", "shard", "world_size"]
 
@@ -124,7 +125,7 @@ def shard(model: PreTrainedModel, device: torch.device) -> None:
             "shard spreads the base over several processes, but only one was started. Start them with "
             "torchrun --nproc-per-node N -m foreword train ... --shard, or leave --shard out."
         )
-    if odd := next((name for name, weight in model.named_parameters() if not weight.is_floating_point()), None):
+    if odd := next((name for name, module in model.named_modules() if is_quantized(module)), None):
         raise ConfigError(f"A quantized base cannot be sharded, and {odd} is quantized. Load it in bfloat16.")
     join(device)
     remember_fingerprint(model)

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from .errors import ConfigError
 
-__all__ = ["QuantizedPrecision", "differentiable", "is_quantized", "quantization_config"]
+__all__ = ["QuantizedPrecision", "differentiable", "is_quantized", "precision_name", "quantization_config"]
 
 QuantizedPrecision = Literal["int8", "int4", "fp8"]
 
@@ -61,6 +61,13 @@ def is_quantized(layer: nn.Module) -> bool:
     return not isinstance(weight, Tensor) or _dequantizes(weight) or not weight.is_floating_point()
 
 
+def precision_name(model: nn.Module) -> str:
+    """What the model computes in, and how quantized layers keep their weights: `bfloat16 + Int8Tensor`."""
+    layers = [module for module in model.modules() if is_quantized(module)]
+    kinds = {type(getattr(layer, "weight", layer)).__name__ for layer in layers}
+    return " + ".join([str(getattr(model, "dtype", "")).removeprefix("torch."), *sorted(kinds)])
+
+
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
     """Inside, gradients pass through the model's frozen quantized layers, without a dequantized weight being kept for them."""
@@ -97,7 +104,7 @@ def _dequantizes(weight: Any) -> bool:
 def _forward(layer: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and x.requires_grad):
         return forward(x)
-    if _dequantizes(layer.weight):
+    if _dequantizes(getattr(layer, "weight", None)):
         return _Dequantizing.apply(x, layer.weight, layer.bias)
     return _ReadingOff.apply(x, forward)
 

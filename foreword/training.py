@@ -20,6 +20,7 @@ from .initialization import initialize
 from .loop import Progress, Run, Trainer, read_checkpoint
 from .prefix import Prefix
 from .processes import from_first, join
+from .quantized import precision_name
 from .reparameterization import Reparameterization
 from .runs import RunFolder, newest_checkpoint, start_file
 from .store import load, save
@@ -200,7 +201,7 @@ def _result(model: PreTrainedModel, prepared: _Prepared, seconds: float) -> Pref
             "best_step": run.best_step,
             "held_out_loss": run.best_loss if run.held_out else None,
             "seconds": round(seconds, 1),
-            "precision": str(model.dtype).removeprefix("torch."),
+            "precision": precision_name(model),
             "curve": _curve([step._asdict() for step in steps] if run.folder is None else run.folder.metrics()),
         },
     }

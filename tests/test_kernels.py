@@ -1,14 +1,12 @@
 """The merged path against concatenation, forward and all gradients, over many shapes."""
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import Largest
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from foreword import kernels
 from foreword.kernels import Prefixes, assign, concatenate, extend_mask, merged_attention, stack
@@ -132,23 +130,14 @@ def test_what_no_fused_kernel_computes_is_left_to_the_reference_path(value_dim, 
     assert not has_token_kernel(query, value, mask)
 
 
-class _Largest(TorchDispatchMode):
-    """How many numbers the largest tensor held that was made inside."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else [made]:
-            if isinstance(tensor, Tensor):
-                self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return made
-
-
-def test_prefix_is_never_repeated_for_the_rows():
+@pytest.mark.parametrize("owners", [None, [0] * 8 + [1] * 8, [0, -1] * 8])
+def test_prefix_is_never_repeated_for_the_rows(owners):
     batch, length, width = 16, 32, 8
+    rows = None if owners is None else assign(owners)
     query, key, value = (torch.randn(batch, 2, 1, width, requires_grad=True) for _ in range(3))
-    key_, value_ = (torch.randn(1, length, 2, width, requires_grad=True) for _ in range(2))
-    with _Largest() as largest:
-        merged_attention(query, key, value, Prefixes(key_, value_), scale=1.0).sum().backward()
-    assert batch * 2 * length <= largest.numbers < batch * 2 * length * width  # its scores, but not its keys
+    count = 1 if owners is None else max(owners) + 1
+    key_, value_ = (torch.randn(count, length, 2, width, requires_grad=True) for _ in range(2))
+    with Largest() as largest:
+        merged_attention(query, key, value, Prefixes(key_, value_, None, rows), scale=1.0).sum().backward()
+    seeing = batch if owners is None else sum(owner >= 0 for owner in owners)
+    assert seeing * 2 * length <= largest.numbers < seeing * 2 * length * width  # its scores, but not its keys

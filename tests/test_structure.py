@@ -20,6 +20,7 @@ LEVELS = [
         "losses",
         "memory",
         "metrics",
+        "quantized",
         "queueing",
         "report",
         "scores",

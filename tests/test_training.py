@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import HEAD_ROWS, ROWS
+from tiny import HEAD_ROWS, ROWS, Largest
 from torch.nn.functional import cross_entropy
 from zoo import make_model
 
@@ -23,6 +23,7 @@ from foreword.errors import ConfigError, DataError
 from foreword.fingerprint import digest
 from foreword.initialization import random_prefix
 from foreword.loop import Run, Trainer
+from foreword.memory import StepMemory
 from foreword.reparameterization import Reparameterization
 from foreword.tasks import TASKS
 
@@ -272,3 +273,46 @@ def test_attached_prefix_is_seen_as_the_optimizer_leaves_it(llama, tokenizer):
             parameter.grad = torch.ones_like(parameter)
         run.update()
         assert not torch.equal(completion_loss(llama, batch), before)
+
+
+def test_checkpointing_changes_nothing_but_memory(llama, tokenizer):
+    """With runs that share batches, and in parts."""
+    examples, _ = encode(read_rows(ROWS)[0], tokenizer, tokenizer.chat_template, 256)
+    llama.requires_grad_(False)
+
+    def trained(checkpointing: bool) -> tuple[list[list[float]], list[foreword.Prefix], int]:
+        made = list[Run]()
+        for length in (3, 5):
+            config = TrainConfig(steps=3, micro_batches=2, learning_rate=0.1, gradient_checkpointing=checkpointing)
+            start = Reparameterization(random_prefix(llama, length), PrefixConfig(length, initialization="random"))
+            made.append(Run(start, config, examples))
+        trainer = Trainer(llama, TASKS["completion"], made, Accelerator(cpu=True), at_once=2)
+        losses = []
+        with StepMemory(torch.device("cpu")) as memory, trainer:
+            for _ in range(3):
+                losses.append(trainer.step(made).losses.tolist())
+                memory()
+        assert memory.peak is not None
+        return losses, [run.prefix.fold(run.prefix.snapshot()) for run in made], memory.peak
+
+    losses, prefixes, much = trained(False)
+    again, others, little = trained(True)
+    assert again == losses
+    assert all(same(a, b) for a, b in zip(prefixes, others, strict=True))
+    assert little < 0.75 * much
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_no_step_makes_a_tensor_that_holds_a_prefix_for_each_row(mixed, llama):
+    """Forward and backward pass, and decoding."""
+    llama.requires_grad_(False)
+    rows, length = 16, 200
+    prefixes = [random_prefix(llama, length, seed).to(llama.dtype) for seed in range(2)]
+    site = prefixes[0].sites[0]
+    for_each_row = rows * length * site.num_kv_heads * site.key_dim
+    ids = torch.arange(rows)[:, None] + torch.arange(3)
+    with attach(llama, prefixes * (rows // 2) if mixed else prefixes[0]), Largest() as largest:
+        llama(ids).logits.sum().backward()
+        assert largest.numbers < for_each_row
+        llama.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False, pad_token_id=259)
+    assert rows * site.num_kv_heads * length <= largest.numbers < for_each_row  # scores
