@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -47,7 +46,7 @@ CASES = {  # precision, gradient checkpointing
 }
 
 
-def num_bytes(tensor: Tensor) -> int:
+def num_bytes(tensor: Any) -> int:
     """Of a weight, and of what a quantized one is made of."""
     if hasattr(tensor, "__tensor_flatten__"):
         return sum(num_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])

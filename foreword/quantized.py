@@ -47,7 +47,7 @@ def quantization_config(precision: str, dtype: torch.dtype) -> Any:
     if precision == "int4":
         options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
         return transformers.BitsAndBytesConfig(load_in_4bit=True, **options)
-    from torchao import quantization
+    from torchao import quantization  # pyright: ignore[reportMissingImports]  # an extra
 
     chosen = quantization.Int8WeightOnlyConfig() if precision == "int8" else quantization.Float8WeightOnlyConfig()
     return transformers.TorchAoConfig(chosen)
