@@ -35,7 +35,12 @@ def needs(precision: str) -> None:
 
 def make_whole(**changes: int) -> Any:
     """Its layers hold whole blocks of weights, of every library's size."""
-    shape: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "max_position_embeddings": 512} | changes
+    shape: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+    } | changes
     return make_model("llama", **shape).float().requires_grad_(False)
 
 
