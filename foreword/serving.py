@@ -2,6 +2,7 @@
 
 import ipaddress
 import logging
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -97,28 +98,29 @@ def serve(
     }
     start = _start_vllm if engine == "vllm" else _start_ours
     _precision(precision)
-    own = start(model, store, precision, device, trust_remote_code, tensor_parallel, shared, ours)
-    try:
-        own_name = name or Path(model).name
-        template: Any = own.tokenizer.chat_template
-        catalog = Catalog(
-            store, own.engine.check, own_template=template, any_template=allow_templates, reserved=own_name
-        )
-        service = Service(
-            name=own_name,
-            tokenizer=own.tokenizer,
-            engine=own.engine,
-            catalog=catalog,
-            keys=key_file,
-            limits=ServerLimits(
-                body_bytes=max_body, upload_bytes=max_upload, max_tokens=max_tokens, requests=rows + waiting
-            ),
-            stop_ids=own.stop_ids,
-        )
-        hosts = ["localhost", "127.0.0.1", "[::1]", host] if _is_loopback(host) else None
-        _run(create_app(service, hosts), service, host, port, drain)
-    finally:
-        own.engine.close()
+    with _bound(host, port) as listening:
+        own = start(model, store, precision, device, trust_remote_code, tensor_parallel, shared, ours)
+        try:
+            own_name = name or Path(model).name
+            template: Any = own.tokenizer.chat_template
+            catalog = Catalog(
+                store, own.engine.check, own_template=template, any_template=allow_templates, reserved=own_name
+            )
+            service = Service(
+                name=own_name,
+                tokenizer=own.tokenizer,
+                engine=own.engine,
+                catalog=catalog,
+                keys=key_file,
+                limits=ServerLimits(
+                    body_bytes=max_body, upload_bytes=max_upload, max_tokens=max_tokens, requests=rows + waiting
+                ),
+                stop_ids=own.stop_ids,
+            )
+            hosts = ["localhost", "127.0.0.1", "[::1]", host] if _is_loopback(host) else None
+            _run(create_app(service, hosts), service, listening, drain)
+        finally:
+            own.engine.close()
 
 
 class _Started(NamedTuple):
@@ -191,7 +193,7 @@ def _start_vllm(
     return _Started(engine, tokenizer, _stop_ids(generation, tokenizer))
 
 
-def _run(app: Any, service: "Service", host: str, port: int, drain: float) -> None:
+def _run(app: Any, service: "Service", listening: socket.socket, drain: float) -> None:
     """Answer until told to stop; then finish what runs, or say clearly that it was not."""
     import uvicorn
 
@@ -207,20 +209,31 @@ def _run(app: Any, service: "Service", host: str, port: int, drain: float) -> No
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
             if self.started and self.servers:
-                port = self.servers[0].sockets[0].getsockname()[1]
+                host, port = listening.getsockname()[:2]
                 shown = f"[{host}]" if ":" in host else host
                 locked = "with API keys" if service.keys is not None and service.keys.exist else "open to this machine"
                 count = len(service.catalog.names())
                 err.print(f"Serving {service.name} and {count} prefixes at http://{shown}:{port}, {locked}.")
 
     config = uvicorn.Config(
-        app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=int(drain) + 5,
-        server_header=False, timeout_keep_alive=30,
+        app, log_config=None, access_log=False, timeout_graceful_shutdown=int(drain) + 5, server_header=False,
+        timeout_keep_alive=30,
     )  # fmt: skip
-    server = Server(config)
-    server.run()
-    if not server.started:
-        raise ConfigError(f"Cannot listen on {host}:{port}. Is another server running there? Choose another --port.")
+    Server(config).run(sockets=[listening])
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket with this address, so that one that is taken is told before a model is loaded. It does not listen yet."""
+    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        raise ConfigError(
+            f"Cannot listen on {host}:{port}: {error.strerror}. Is another server running there? Choose another --port."
+        ) from None
+    return found
 
 
 def _quiet() -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -62,6 +63,14 @@ def test_mistakes_end_in_one_message(run, store, model_folder, options, told):
     result = run("serve", "--model", model_folder, "--store", store, *options)
     assert (result.code, result.out) == (2, "")
     assert told in result.err
+
+
+def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(run, store):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        result = run("serve", "--model", "nosuch/model", "--store", store, "--port", port)
+    assert result.code == 2
+    assert f"Cannot listen on 127.0.0.1:{port}" in result.err
 
 
 def test_a_server_answers_and_stops_when_told(start, store, model_folder):
