@@ -56,7 +56,7 @@ def tuned(base: Base, data: Data, rate: float, seed: int, steps: int) -> Base:
     for step, batch in enumerate(batches[:steps]):
         optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
         optimizer.zero_grad()
-        (TASK.loss(base.model, [rows[i] for i in batch]) / len(batch)).backward()
+        (TASK.loss(base.model, [[rows[i] for i in batch]]).sum() / len(batch)).backward()
         optimizer.step()
     base.model.eval()
     return base
