@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from . import __version__
 from .comparing import compare
+from .config import Precision
 from .console import counting, err, human_bytes, is_first, out, table, training_bar
 from .errors import ConfigError, DataError, ForewordError
 from .exchange import export, import_, push
@@ -43,6 +44,7 @@ Model = Annotated[
 ]
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Where an answer is cut.", show_default=False)]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows answered at a time.")]
+BasePrecision = Annotated[Precision, typer.Option(help="Of the base.")]
 Device = Annotated[str | None, typer.Option(help="For example cpu or cuda:1.", show_default="the accelerator")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave bad rows out and count them.")]
@@ -151,6 +153,7 @@ def evaluate(
     ] = None,
     max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = 32,
+    precision: BasePrecision = "auto",
     device: Device = None,
     trust_remote_code: Trust = False,
     skip_bad_rows: SkipBadRows = False,
@@ -172,7 +175,7 @@ def evaluate(
     if confusion is not None and task.labels is None:
         raise ConfigError("--confusion: this prefix answers with no labels, so there is no confusion matrix.")
     rows, bad = read(task, data, skip_bad=skip_bad_rows)
-    base = _load_base(model or loaded.base["name"], device, trust_remote_code, **_head_of(loaded))
+    base = _load_base(model or loaded.base["name"], device, trust_remote_code, precision=precision, **_head_of(loaded))
     with counting("evaluate", len(rows) * (1 + len(asked))) as count:
         result = evaluate(
             base.model,
@@ -220,6 +223,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
     batch_size: BatchSize = 32,
+    precision: BasePrecision = "auto",
     device: Device = None,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -247,7 +251,7 @@ def generate(
                 f"{row.source}: prefix {row.prefix!r} is none of those given: {', '.join(loaded) or 'none'}."
             )
         pairs += [(row, name) for name in ([row.prefix] if row.prefix is not None else list(loaded) or [None])]
-    base = _load_base(model or _common_base(loaded), device, trust_remote_code, **head)
+    base = _load_base(model or _common_base(loaded), device, trust_remote_code, precision=precision, **head)
     sampling: dict[str, Any] = {}
     if temperature > 0:
         from transformers import set_seed

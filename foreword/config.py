@@ -5,8 +5,9 @@ from typing import Literal
 
 from .errors import ConfigError
 
-__all__ = ["PrefixConfig", "TaskName", "TrainConfig"]
+__all__ = ["Precision", "PrefixConfig", "TaskName", "TrainConfig"]
 
+Precision = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4", "fp8"]
 TaskName = Literal["completion", "classification", "token_classification", "question_answering"]
 
 

@@ -6,13 +6,13 @@ import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import TaskName
+from .config import Precision, TaskName
 from .errors import ConfigError
 from .heads import head_names, note_missing
 from .quantized import is_quantized, quantization_config
@@ -21,15 +21,12 @@ from .tasks import TASKS
 __all__ = [
     "ALIASES",
     "Base",
-    "Precision",
     "cache_folder",
     "load_base",
     "machine_precision",
     "model_folder",
     "packaged_files",
 ]
-
-Precision = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4", "fp8"]
 
 
 class Base(NamedTuple):

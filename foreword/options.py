@@ -8,13 +8,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import typer
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from .config import PrefixConfig, TrainConfig
+from .config import Precision, PrefixConfig, TrainConfig
 from .errors import ConfigError
 
 __all__ = ["JobConfig", "Options", "check_names", "read_options", "with_flags"]
@@ -39,7 +39,7 @@ class JobConfig:
     data: str
     out: Path
     held_out: str | None = None
-    precision: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4", "fp8"] = "auto"
+    precision: Precision = "auto"
     device: str | None = None
     trust_remote_code: bool = False
 

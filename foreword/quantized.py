@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from .errors import ConfigError
 
-__all__ = ["QuantizedPrecision", "differentiable", "is_quantized", "precision_name", "quantization_config"]
-
-QuantizedPrecision = Literal["int8", "int4", "fp8"]
+__all__ = ["differentiable", "is_quantized", "precision_name", "quantization_config"]
 
 _LIBRARIES = {"int8": "torchao", "int4": "bitsandbytes", "fp8": "torchao"}
 _AT_ONCE = 1024  # input features whose weights are read off a layer at a time
@@ -35,7 +33,7 @@ def quantization_config(precision: str, dtype: torch.dtype) -> Any:
     Raises:
         ConfigError: the library that does it is not installed.
     """
-    if precision not in get_args(QuantizedPrecision):
+    if precision not in _LIBRARIES:
         return None
     library = _LIBRARIES[precision]
     if find_spec(library) is None:

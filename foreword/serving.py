@@ -7,10 +7,11 @@ import sys
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
 import typer
 
+from .config import Precision
 from .console import err, out, table
 from .errors import ConfigError
 
@@ -35,7 +36,7 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="Where to listen. Beyond this machine only with keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
-    precision: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, int8, int4 or fp8.")] = "auto",
     device: Annotated[
         str | None, typer.Option(help="For example cpu or cuda:1.", show_default="the accelerator")
     ] = None,
@@ -175,6 +176,8 @@ def _start_vllm(
     from .batching import BatchLimits
     from .models import model_folder
 
+    if precision in ("int8", "int4", "fp8"):
+        raise ConfigError(f"--precision {precision}: not with --engine vllm. Give it a checkpoint that is quantized.")
     flags = {"tokens": "--batch-tokens", "prefill_tokens": "--prefill-tokens"}
     flags |= {"device_bytes": "--prefix-memory", "host_bytes": "--host-memory"}
     given = [flags[name] for name, value in ours.items() if value != getattr(BatchLimits, name)]
@@ -253,8 +256,8 @@ def _quiet() -> None:
 
 
 def _precision(given: str) -> Any:
-    if given not in ("auto", "float32", "bfloat16", "float16"):
-        raise ConfigError(f"--precision: got {given!r}, expected auto, float32, bfloat16 or float16.")
+    if given not in get_args(Precision):
+        raise ConfigError(f"--precision: got {given!r}, expected {', '.join(get_args(Precision))}.")
     return given
 
 

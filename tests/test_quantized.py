@@ -1,7 +1,7 @@
 """Quantized bases: the gradients of what they compute, what is kept for them, and prefixes that move between precisions."""
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +15,10 @@ import foreword
 from foreword import Prefix, PrefixConfig, TrainConfig, attach, attention_sites, load_base, models, quantized, train
 from foreword.errors import ConfigError
 from foreword.initialization import random_prefix
-from foreword.quantized import QuantizedPrecision, differentiable, is_quantized
+from foreword.quantized import differentiable, is_quantized
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries that quantize
-PRECISIONS = get_args(QuantizedPrecision)
+PRECISIONS = ("int8", "int4", "fp8")
 KEPT_AS = {"int8": "Int8Tensor", "int4": "Params4bit", "fp8": "Float8Tensor"}
 SMALL = PrefixConfig(num_virtual_tokens=3, initialization="random")
 
@@ -170,6 +170,8 @@ def test_a_prefix_moves_between_precisions(precision, folder, run):
     plain, small = (load_base(str(folder), precision=p, device="cpu").model for p in ("float32", precision))
     with attach(plain, trained), attach(small, foreword.load("float32.safetensors")):
         assert small(tokens(1, 3)).logits.isfinite().all()
+    asked = "--prefix", "float32.safetensors", "--precision", precision, "--device", "cpu", "--max-new-tokens", 2
+    assert run("generate", "say owl twice", *asked).code == 0
     other = make_whole(head_dim=16)
     with pytest.raises(foreword.ForewordError, match="made for|trained for"):
         attach(other, trained)
