@@ -309,9 +309,8 @@ class Trainer:
         self.checked = True
         if not all(any(p.grad is not None and bool(p.grad.any()) for p in run.own) for run in active):
             raise ConfigError(
-                f"No gradient reaches the prefix through {type(self.model).__name__}, so nothing would be trained. Kernels "
-                "for inference do that, for example those that bitsandbytes uses for 4 bits on CPUs. Load the base in 8 "
-                "bits or unquantized."
+                f"No gradient reaches the prefix through {type(self.model).__name__}, so nothing would be trained. Code "
+                "made for inference does that. Load the base with weights that train: precision bfloat16, int8, int4 or fp8."
             )
 
     def _measure(self, active: list[Run]) -> dict[int, float]:

@@ -12,6 +12,7 @@ from zoo import FAMILIES, inputs_of, make_model, named, said, tokens
 
 import foreword
 from foreword.initialization import random_prefix
+from foreword.loop import _checkpointed
 
 warnings.simplefilter("ignore")
 
@@ -57,6 +58,17 @@ def one_graph(family: str) -> None:
             assert graphs <= 2 * number, f"{graphs} graphs"  # the first layer's input needs no gradient, the others' do
 
 
+def checkpointed_layers(family: str) -> None:
+    """As the training loop has them: checkpointed around what was compiled."""
+    model = make_model(family).requires_grad_(False)
+    inputs, prefix = inputs_of(model, 2), random_prefix(model, 3).double()
+    with foreword.attach(model, prefix):
+        expected = pass_through(model, inputs, prefix)
+        compile_layers(model)
+        with _checkpointed(model):
+            torch.testing.assert_close(pass_through(model, inputs, prefix), expected, rtol=1e-4, atol=1e-4)
+
+
 def compile_layers(model: Any) -> None:
     names = {site.name for site in foreword.attention_sites(model)}
     for name, module in model.named_modules():
@@ -91,7 +103,8 @@ def static_cache(family: str) -> None:
 
 
 if __name__ == "__main__":
-    for check, families in ((layers, named()), (static_cache, named("decoder", "hybrid")), (one_graph, ["llama"])):
+    checks: Any = ((layers, named()), (static_cache, named("decoder", "hybrid")))
+    for check, families in (*checks, (one_graph, ["llama"]), (checkpointed_layers, ["llama"])):
         for family in families if len(sys.argv) == 1 else [name for name in families if name in sys.argv]:
             torch.compiler.reset()
             torch._dynamo.utils.counters.clear()

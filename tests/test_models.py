@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -541,6 +540,11 @@ def test_one_compiled_graph_serves_all_layers(family, compiled):
     assert compiled[f"{family} one graph"] == "same"
 
 
+@pytest.mark.parametrize("family", ["llama"])
+def test_compiled_layers_are_checkpointed(family, compiled):
+    assert compiled[f"{family} checkpointed layers"] == "same"
+
+
 @feature("compiled static cache")
 @families("decoder", "hybrid")
 def test_static_cache_compiles(family, compiled):
@@ -608,13 +612,9 @@ def test_base_in_8_bit(family, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")  # of bitsandbytes itself
 def test_base_in_4_bit(tmp_path):
-    """Its kernels for newer CPUs let no gradient through, which is an error rather than a prefix that learns nothing."""
+    """Training it is test_quantized's: bitsandbytes' kernels for newer CPUs let no gradient through by themselves."""
     whole = make_model("llama", hidden_size=128, intermediate_size=128, head_dim=32).float()  # blocks of 64 weights
-    model = quantized(whole, tmp_path, load_in_4bit=True)
-    gates(model, 1e-3, differentiable=False)
-    packed = any(getattr(getattr(p, "quant_state", None), "packing_format_for_cpu", False) for p in model.parameters())
-    with pytest.raises(ConfigError, match="No gradient reaches the prefix") if packed else nullcontext():
-        train(model, make_tokenizer(), ROWS[:8], PrefixConfig(num_virtual_tokens=3), TrainConfig(steps=2))
+    gates(quantized(whole, tmp_path, load_in_4bit=True), 1e-3, differentiable=False)
 
 
 @feature("device_map")
