@@ -39,11 +39,11 @@ class Shelf:
     Args:
         folder: with prefix files.
         config: the config of the model that the engine runs.
-        model: its folder or Hugging Face id, for its weights.
+        weights: the folder of its weights, where there is one (`checkpoint_folder`).
     """
 
-    def __init__(self, folder: Path, config: Any, model: str) -> None:
-        self._store, self._config, self._model = PrefixStore(folder), config, checkpoint_folder(model)
+    def __init__(self, folder: Path, config: Any, weights: Path | None) -> None:
+        self._store, self._config, self._weights = PrefixStore(folder), config, weights
         self._known: dict[str, tuple[tuple[int, int, int], Shelved]] = {}
 
     def find(self, name: str) -> Shelved:
@@ -75,8 +75,13 @@ class Shelf:
             raise EngineError(
                 "The prefix does not say which base it was made for, so vLLM cannot check it. Train it again."
             )
-        folder = self._model or Path("/nonexistent")
-        compare_fingerprints(expected, checkpoint_fingerprint(self._config, folder, expected), name)
+        found = checkpoint_fingerprint(self._config, self._weights or Path("/nonexistent"), expected)
+        compare_fingerprints(expected, found, name)
+        if expected["weights"] and not found["weights"]:
+            raise EngineError(
+                f"The prefix was trained for {name}, and none of the weights that its file names are in {self._weights or 'the local cache'}, "
+                "so vLLM's model may be another. Give vLLM a folder with the base's safetensors files."
+            )
         return length
 
 
@@ -86,13 +91,13 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def checkpoint_folder(model: str) -> Path | None:
-    """Where the files of a model are: its folder, or that of a Hugging Face id in the local cache."""
+def checkpoint_folder(model: str, revision: str | None = None, cache: str | None = None) -> Path | None:
+    """Where the files of a model are: its folder, or that of a Hugging Face id in a local cache."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(model, "config.json")
+    found = try_to_load_from_cache(model, "config.json", cache, revision)
     return Path(found).parent if isinstance(found, str) else None
 
 

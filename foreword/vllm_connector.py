@@ -36,7 +36,7 @@ from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from .errors import EngineError, ForewordError
-from .shelf import CONNECTOR, Shelf, Shelved, layer_number, own_heads
+from .shelf import CONNECTOR, Shelf, Shelved, checkpoint_folder, layer_number, own_heads
 from .store import load
 
 if TYPE_CHECKING:
@@ -105,7 +105,9 @@ class ForewordConnector(KVConnectorBase_V1, SupportsHMA):
                 raise EngineError(
                     'kv_connector_extra_config has no "prefixes": name the folder with prefix files there.'
                 )
-            self._shelf = Shelf(Path(folder), vllm_config.model_config.hf_text_config, vllm_config.model_config.model)
+            model = vllm_config.model_config
+            weights = checkpoint_folder(model.model, model.revision, vllm_config.load_config.download_dir)
+            self._shelf = Shelf(Path(folder), model.hf_text_config, weights)
 
     # ---------------------------------------------------------------------------------------------- in the scheduler
 

@@ -32,7 +32,7 @@ from .errors import (
     ShutdownError,
 )
 from .prefix import Prefix
-from .shelf import CONNECTOR, Shelf, file_digest
+from .shelf import CONNECTOR, Shelf, checkpoint_folder, file_digest
 
 __all__ = ["VllmEngine", "VllmLimits"]
 
@@ -100,7 +100,7 @@ class VllmEngine:
             ) from error
         config = self._llm.vllm_config.model_config
         self._max_length: int = config.max_model_len
-        self._shelf = Shelf(store, config.hf_text_config, model)
+        self._shelf = Shelf(store, config.hf_text_config, checkpoint_folder(model))
         self._lock = threading.Lock()
         self._tasks: dict[str, Future[None]] = {}
         self._running, self._generated, self._hits, self._loads = 0, 0, 0, 0

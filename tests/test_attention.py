@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import (
     BertConfig,
     BertModel,
+    GenerationConfig,
     PreTrainedModel,
 )
 from zoo import make_model, tokens
@@ -247,6 +248,16 @@ def test_what_cannot_be_attached_says_why(llama):
         llama(tokens(3, 4))
     llama.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(UnsupportedModelError, match="sdpa"):
+        attach(llama, prefix)
+
+
+def test_pages_of_continuous_batching_hold_no_prefix(llama):
+    """Transformers shares their pages by token ids alone, so that one prefix would be taken for another."""
+    prefix, options = random_prefix(llama, 3), GenerationConfig(max_new_tokens=2, do_sample=False)
+    with attach(llama, prefix), pytest.raises(ValueError, match="foreword_.* is not supported for continuous batching"):
+        llama.generate_batch([[5, 6, 7]], generation_config=options, progress_bar=False)
+    llama.config._attn_implementation_internal = "paged|sdpa"
+    with pytest.raises(UnsupportedModelError, match=r"paged\|sdpa"):
         attach(llama, prefix)
 
 

@@ -177,7 +177,7 @@ def test_replaced_prefix_is_noticed(llm, base, store):
 
 
 def test_shelf_checks_the_base_of_a_checkpoint(store, base):
-    shelf = Shelf(store, base.model.config, model_folder("smollm2"))
+    shelf = Shelf(store, base.model.config, Path(model_folder("smollm2")))
     assert shelf.find("tickets").virtual_tokens == 16
     with pytest.raises(foreword.ForewordError, match="other weights"):
         shelf.find("other-base")
