@@ -147,7 +147,7 @@ def in_vllm(asked: list[Asked], store: Path) -> list[Answered]:
             prompts.append(TokensPrompt(prompt_token_ids=ids))
         else:
             path = store / f"{name}.safetensors"
-            placed = [1] * load(path).num_virtual_tokens + ids
+            placed = ids[:1] * load(path).num_virtual_tokens + ids
             prompts.append(TokensPrompt(prompt_token_ids=placed, cache_salt=file_digest(path)))
             sampling["extra_args"] = {"kv_transfer_params": {"prefix": name}}
         settings.append(SamplingParams(**sampling))

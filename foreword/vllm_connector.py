@@ -5,9 +5,11 @@ Installing Foreword beside vLLM is enough for vLLM to know it by name (entry poi
     vllm serve MODEL --kv-transfer-config '{"kv_connector": "ForewordConnector", "kv_role": "kv_both",
                                             "kv_connector_extra_config": {"prefixes": "FOLDER"}}'
 
-A request names its prefix in `kv_transfer_params: {"prefix": NAME}`, begins its prompt with as many placeholder ids (any)
-as the prefix has virtual tokens, and carries the SHA-256 of the prefix's file as `cache_salt`: vLLM's own cache of computed
-pages goes by token ids and salt, so that without it one prefix would be taken for another. `vllm_engine` does all that.
+A request names its prefix in `kv_transfer_params: {"prefix": NAME}`, repeats the first id of its prompt as many times as the
+prefix has virtual tokens, and carries the SHA-256 of the prefix's file as `cache_salt`: vLLM's own cache of computed
+pages goes by token ids and salt, so that without it one prefix would be taken for another. `vllm_engine` does all that. The
+ids in front only hold the places; that they are the prompt's own first shows that they were put there on purpose: a text, or a
+chat that vLLM rendered, would lose its beginning to the prefix.
 What is wrong with a request fails that request before its first token; the reason is in the server's log and the answer's
 `kv_transfer_params`.
 
@@ -113,10 +115,9 @@ class ForewordConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int, bool]:
         """The virtual tokens that vLLM's own cache lacks; or one that never arrives, for a request to be refused."""
-        named = (request.kv_transfer_params or {}).get("prefix")
-        if named is None:
+        if not request.kv_transfer_params:
             return 0, False
-        plan = self._plans.get(request.request_id) or self._plan(request, str(named))
+        plan = self._plans.get(request.request_id) or self._plan(request)
         self._plans[request.request_id] = plan
         plan.computed = num_computed_tokens
         if plan.error is None and plan.prefix is not None:
@@ -125,19 +126,23 @@ class ForewordConnector(KVConnectorBase_V1, SupportsHMA):
         request.skip_reading_prefix_cache = False
         return (1, True) if num_computed_tokens < request.num_tokens else (0, False)
 
-    def _plan(self, request: "Request", name: str) -> _Plan:
+    def _plan(self, request: "Request") -> _Plan:
+        params = request.kv_transfer_params or {}
+        name = str(params.get("prefix"))
         try:
+            if "prefix" not in params:
+                raise EngineError(f'kv_transfer_params has {", ".join(params)}, expected "prefix": the name of a prefix.')
             prefix = self._shelf.find(name)
-            length, sampling = prefix.virtual_tokens, request.sampling_params
+            length, sampling, ids = prefix.virtual_tokens, request.sampling_params, request.prompt_token_ids or []
             if request.cache_salt != prefix.digest:
                 raise EngineError(
                     f"cache_salt is {request.cache_salt!r}, and the file of prefix {name!r} has the SHA-256 {prefix.digest}. Without it "
                     "vLLM would mix up what it cached for different prefixes."
                 )
-            if request.num_prompt_tokens <= length:
+            if len(ids) <= length or len(set(ids[: length + 1])) > 1:
                 raise EngineError(
-                    f"{request.num_prompt_tokens} prompt tokens, expected {length} placeholders for prefix {name!r} and at "
-                    "least one more."
+                    f"The prompt of {len(ids)} ids begins with {ids[:4]}..., expected its first id {length} times in front, to hold "
+                    f"the places of prefix {name!r}. A text, or a chat that vLLM renders, has no such places: send ids."
                 )
             if sampling is not None and sampling.prompt_logprobs is not None:
                 raise EngineError("prompt_logprobs: vLLM drops the prefix to compute them. Leave them out.")

@@ -24,11 +24,11 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from .engine import Emit, Event, Failed, Finished, Request, Sampling, Stats, Token
 from .errors import (
     ConfigError,
-    EngineError,
     ForewordError,
     OverloadedError,
     PositionError,
     PrefixChangedError,
+    ServingError,
     ShutdownError,
 )
 from .prefix import Prefix
@@ -152,7 +152,7 @@ class VllmEngine:
         except ForewordError as error:
             last = Failed(error)
         except Exception as error:  # noqa: BLE001  whatever vLLM raises ends this request, and emit has to be told
-            last = Failed(EngineError(f"vLLM gave no answer: {type(error).__name__}: {error}"))
+            last = Failed(ServingError(f"vLLM gave no answer: {type(error).__name__}: {error}"))
         emit(last)
 
     async def _stream(self, request: Request, emit: Emit) -> Event:
@@ -161,7 +161,7 @@ class VllmEngine:
         if request.prefix is not None:
             await asyncio.to_thread(self._check_version, request)
             virtual = request.prefix.position_offset
-            # An id of the prompt's own: a repetition penalty counts the placeholders as a part of the prompt.
+            # Its own first id: a repetition penalty counts the places as a part of the prompt.
             ids = [request.prompt[0]] * virtual + list(request.prompt)
             prompt = TokensPrompt(prompt_token_ids=ids, cache_salt=request.prefix.version)
             extra = {"kv_transfer_params": {"prefix": request.prefix.path.stem}}
@@ -171,10 +171,10 @@ class VllmEngine:
             [part] = output.outputs
             if part.finish_reason == "error":
                 await asyncio.to_thread(self._check_version, request)
-                raise EngineError(f"vLLM refused the request: {_reason(output)}. The reason stands in its log.")
+                raise ServingError(f"vLLM refused the request: {_reason(output)}. The reason stands in its log.")
             if not used and part.token_ids:
                 if (output.num_cached_tokens or 0) < virtual:
-                    raise EngineError(
+                    raise ServingError(
                         f"vLLM answered without the prefix {request.prefix}: {output.num_cached_tokens} tokens were not "
                         f"computed, {virtual} are the prefix's. The answer was dropped."
                     )
@@ -186,9 +186,9 @@ class VllmEngine:
             if part.finish_reason is not None:
                 about = output.kv_transfer_params or {}
                 if virtual and not about.get("used"):
-                    raise EngineError(f"vLLM does not confirm that it used the prefix: {_reason(output)}.")
+                    raise ServingError(f"vLLM does not confirm that it used the prefix: {_reason(output)}.")
                 return Finished("length" if part.finish_reason == "length" else "stop")
-        raise EngineError("vLLM ended the answer without saying why.")
+        raise ServingError("vLLM ended the answer without saying why.")
 
     def _check_version(self, request: Request) -> None:
         version = request.prefix
