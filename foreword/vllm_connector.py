@@ -10,8 +10,7 @@ prefix has virtual tokens, and carries the SHA-256 of the prefix's file as `cach
 pages goes by token ids and salt, so that without it one prefix would be taken for another. `vllm_engine` does all that. The
 ids in front only hold the places; that they are the prompt's own first shows that they were put there on purpose: a text, or a
 chat that vLLM rendered, would lose its beginning to the prefix.
-What is wrong with a request fails that request before its first token; the reason is in the server's log and the answer's
-`kv_transfer_params`.
+What is wrong with a request fails that request before its first token; vLLM gives no reasons to clients, so it is in the log.
 
 This is the only file that knows vLLM's interface of connectors, and it is not imported outside vLLM.
 """
@@ -131,7 +130,9 @@ class ForewordConnector(KVConnectorBase_V1, SupportsHMA):
         name = str(params.get("prefix"))
         try:
             if "prefix" not in params:
-                raise EngineError(f'kv_transfer_params has {", ".join(params)}, expected "prefix": the name of a prefix.')
+                raise EngineError(
+                    f'kv_transfer_params has {", ".join(params)}, expected "prefix": the name of a prefix.'
+                )
             prefix = self._shelf.find(name)
             length, sampling, ids = prefix.virtual_tokens, request.sampling_params, request.prompt_token_ids or []
             if request.cache_salt != prefix.digest:
@@ -178,10 +179,10 @@ class ForewordConnector(KVConnectorBase_V1, SupportsHMA):
         plan = self._plans.pop(request.request_id, None)
         if plan is None:
             return False, None
-        about: dict[str, Any] = {"prefix": plan.name, "used": plan.used}
-        if plan.prefix is not None:
-            about |= {"digest": plan.prefix.digest, "virtual_tokens": plan.prefix.virtual_tokens}
-        return False, about | ({"error": plan.error} if plan.error is not None else {})
+        if plan.prefix is None:
+            return False, None
+        about = {"digest": plan.prefix.digest, "virtual_tokens": plan.prefix.virtual_tokens}
+        return False, {"prefix": plan.name, "used": plan.used} | about
 
     def request_finished_all_groups(
         self, request: "Request", block_ids: tuple[list[int], ...]

@@ -171,7 +171,7 @@ class VllmEngine:
             [part] = output.outputs
             if part.finish_reason == "error":
                 await asyncio.to_thread(self._check_version, request)
-                raise ServingError(f"vLLM refused the request: {_reason(output)}. The reason stands in its log.")
+                raise ServingError("vLLM refused the request. The reason stands in its log.")
             if not used and part.token_ids:
                 if (output.num_cached_tokens or 0) < virtual:
                     raise ServingError(
@@ -186,7 +186,7 @@ class VllmEngine:
             if part.finish_reason is not None:
                 about = output.kv_transfer_params or {}
                 if virtual and not about.get("used"):
-                    raise ServingError(f"vLLM does not confirm that it used the prefix: {_reason(output)}.")
+                    raise ServingError(f"vLLM does not confirm that it used the prefix {request.prefix}.")
                 return Finished("length" if part.finish_reason == "length" else "stop")
         raise ServingError("vLLM ended the answer without saying why.")
 
@@ -255,7 +255,3 @@ def _token(token: int, logprobs: Any, count: int | None) -> Token:
         return Token(token)
     ranked = sorted(((i, entry.logprob) for i, entry in logprobs.items()), key=lambda pair: -pair[1])
     return Token(token, logprobs[token].logprob, tuple(ranked[:count]))
-
-
-def _reason(output: Any) -> str:
-    return (output.kv_transfer_params or {}).get("error", "no reason given")
