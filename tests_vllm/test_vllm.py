@@ -274,7 +274,9 @@ NO_START = {
         "MLAAttentionSpec.*latent attention have no keys and values",
     ),
     "hybrid": (
-        transformers.Lfm2Config(**TINY, layer_types=["conv", "full_attention"], block_ff_dim=64, conv_dim=64),
+        transformers.Lfm2Config(
+            **TINY, layer_types=["conv", "full_attention"], block_ff_dim=64, block_dim=64, conv_dim=64
+        ),
         {},
         "recurrent layers",
     ),
