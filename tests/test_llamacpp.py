@@ -1,5 +1,6 @@
 """llama.cpp: exported prefixes answer in llama-server as here, and what would go wrong silently is an error."""
 
+import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,20 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
     gguf = write_gguf(model, make_tokenizer(), folder / "model.gguf")
     with llama_server(gguf, folder, **F32, **WITHOUT_FLASH) as server:
         return model, gguf, sample_of(server, folder)
+
+
+def test_command_exports_what_a_build_restores(served, run):
+    model, _, sample = served
+    model.save_pretrained("base")
+    make_tokenizer().save_pretrained("base")
+    prefix = random_prefix(model, 11)
+    foreword.save(prefix, "p.safetensors")
+    options = ["--format", "llamacpp", "--model", "base", "--out", "p.bin"]
+    done = run("export", "p.safetensors", *options, "--sample", sample, "--json")
+    assert (done.code, json.loads(done.out)["placeholders"]) == (0, placeholders(prefix)), done.err
+    assert Path("p.bin").read_bytes() == export_llamacpp(prefix, "q.bin", sample, model).path.read_bytes()
+    refused = run("export", "p.safetensors", *options)
+    assert "--format llamacpp needs --sample" in refused.err
 
 
 def test_cleared_slot_is_caught(served, tmp_path):

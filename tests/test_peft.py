@@ -1,6 +1,7 @@
 """PEFT's adapters and Transformers' caches: the same logits there as here, and a reason where that cannot be."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -176,3 +177,25 @@ def test_folders_without_a_whole_adapter_are_named(llama, tmp_path):
         import_peft(folder, llama)
     with pytest.raises(ForewordError, match="sliding windows"):  # PEFT would let the prefix slide out of view
         import_peft(export_peft(random_prefix(llama, 3), tmp_path / "b"), make_model("mistral"))
+
+
+def test_command_writes_and_reads_adapters(run, model_folder):
+    prefix = random_prefix(make_model("llama").float(), 3)
+    foreword.save(prefix, "p.safetensors")
+    for peft_type in ("prefix_tuning", "cartridge"):
+        done = run(
+            "export", "p.safetensors", "--format", "peft", "--peft-type", peft_type, "--out", peft_type, "--json"
+        )
+        assert (done.code, json.loads(done.out)["peft_type"]) == (0, peft_type)
+        done = run(
+            "import", peft_type, "--format", "peft", "--model", model_folder, "--out", f"{peft_type}.safetensors"
+        )
+        assert f"3 virtual tokens of a {peft_type.upper()} adapter, 288 parameters" in done.out, done.err
+        back = foreword.load(f"{peft_type}.safetensors")
+        assert all(torch.equal(a, b) for a, b in zip(prefix.parameters(), back.parameters(), strict=True))
+    foreword.save(noop_prefix(make_model("llama").float(), 3), "gated.safetensors")
+    refused = run("export", "gated.safetensors", "--format", "peft", "--out", "gated")
+    assert (refused.code, Path("gated").exists()) == (2, False)
+    assert "PEFT cannot hold this prefix" in refused.err
+    refused = run("export", "p.safetensors", "--format", "peft", "--sample", "s.bin", "--out", "other")
+    assert "--sample and --model belong to --format llamacpp" in refused.err
