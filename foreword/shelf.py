@@ -12,7 +12,7 @@ from torch import Tensor
 from .errors import EngineError, PrefixFileError
 from .fingerprint import checkpoint_fingerprint, compare_fingerprints
 from .prefix import Prefix
-from .store import PrefixStore, load
+from .store import PrefixStore, load_bytes
 
 __all__ = ["CONNECTOR", "Shelf", "Shelved", "checkpoint_folder", "file_digest", "layer_number", "own_heads"]
 
@@ -27,10 +27,12 @@ class Shelved:
     digest: str  # SHA-256 of the file, in hexadecimal
     virtual_tokens: int
 
-    def check_unchanged(self) -> None:
-        """Raise a `PrefixFileError` if the file has another content by now."""
-        if file_digest(self.path) != self.digest:
+    def load(self) -> Prefix:
+        """The prefix with this content; raises a `PrefixFileError` if the file has another by now."""
+        content = self.path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.digest:
             raise PrefixFileError(f"{self.path}: changed since the request was accepted. Send the request again.")
+        return load_bytes(content, self.path)
 
 
 class Shelf:
@@ -63,7 +65,8 @@ class Shelf:
         stamp = (state.st_mtime_ns, state.st_size, state.st_ino)
         if (known := self._known.get(name)) is not None and known[0] == stamp:
             return known[1]
-        found = Shelved(path, file_digest(path), self.check(load(path)))
+        content = path.read_bytes()  # once, so that what is checked is what the digest says
+        found = Shelved(path, hashlib.sha256(content).hexdigest(), self.check(load_bytes(content, path)))
         self._known[name] = (stamp, found)
         return found
 

@@ -38,7 +38,6 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from .errors import EngineError, ForewordError
 from .shelf import CONNECTOR, Shelf, Shelved, checkpoint_folder, layer_number, own_heads
-from .store import load
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -224,8 +223,7 @@ class ForewordConnector(KVConnectorBase_V1, SupportsHMA):
         if prefix.digest in self._tensors:
             self._tensors.move_to_end(prefix.digest)
             return self._tensors[prefix.digest]
-        prefix.check_unchanged()
-        loaded = load(prefix.path)
+        loaded = prefix.load()
         entries = dict(
             zip(map(layer_number, (s.name for s in loaded.sites)), loaded.cached_layers("vLLM"), strict=True)
         )

@@ -36,10 +36,10 @@ from vllm.inputs import TokensPrompt
 import foreword
 from foreword import vllm_engine
 from foreword.engine import Failed, Finished, PrefixVersion, Request, Sampling
-from foreword.errors import EngineError
+from foreword.errors import EngineError, PrefixFileError
 from foreword.initialization import random_prefix
 from foreword.models import model_folder
-from foreword.shelf import CONNECTOR, Shelf, file_digest
+from foreword.shelf import CONNECTOR, Shelf, Shelved, file_digest
 
 NAMES = ("tickets", "products", "notes")
 ROWS = Path(foreword.__file__).parent / "demo_data"
@@ -212,6 +212,24 @@ def test_replaced_prefix_is_noticed(llm, base, store):
     assert answers(llm, [old])[0].outputs[0].finish_reason == "error"
     new = answers(llm, [asked(store, "changing", ids)])[0]
     assert list(new.outputs[0].token_ids) == greedy(base, store, "notes", ids)
+
+
+def test_prefix_that_changes_before_a_worker_reads_it_is_no_answer(llm, base, store, monkeypatch):
+    ids, prefix = question(base, LONG), foreword.load(store / "products.safetensors")
+    for value in prefix.values:
+        value.data *= 1.01  # a content that no worker has
+    foreword.save(prefix, store / "late.safetensors")
+
+    def changed(self: Shelved) -> None:
+        raise PrefixFileError(f"{self.path}: changed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shelved, "load", changed)
+        refused, plain = answers(llm, [asked(store, "late", ids), asked(store, None, ids)])
+    assert (refused.outputs[0].finish_reason, len(refused.outputs[0].token_ids)) == ("error", 0)
+    assert list(plain.outputs[0].token_ids) == greedy(base, store, None, ids)
+    [found] = answers(llm, [asked(store, "late", ids)])  # its pages were not kept
+    assert list(found.outputs[0].token_ids) == greedy(base, store, "late", ids)
 
 
 def test_requests_that_make_room_for_others_keep_their_prefix(base, store):
