@@ -123,17 +123,18 @@ def main() -> None:
     for name, asked in loads(base.tokenizer).items():
         right = alone(theirs, asked)
         made, seconds, equal = sum(one.more for one in asked), {"ours": [], "theirs": []}, {"ours": 0, "theirs": 0}
-        for number in range(arguments.rounds + 1):  # the first is for warming up
+        by_us(ours, asked[:2]), by_transformers(theirs, asked[:2])  # warm up
+        for _ in range(arguments.rounds):
             for engine, timed in (("ours", by_us(ours, asked)), ("theirs", by_transformers(theirs, asked))):
                 equal[engine] = sum(map(list.__eq__, timed.answers, right))
-                if number:
-                    seconds[engine].append(timed.seconds)
+                seconds[engine].append(timed.seconds)
         told[name] = {
             engine: {"tokens/s": round(made / statistics.median(seconds[engine]), 1), "equal to alone": equal[engine]}
             for engine in seconds
         }
         ratio = statistics.median(b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True))
         told[name]["ours / theirs"] = round(ratio, 2)
+        print(name, told[name], file=sys.stderr, flush=True)
     ours.close()
     told["theirs, with a prefix attached"] = with_a_prefix(theirs)
     print(json.dumps(told, indent=2))
