@@ -84,9 +84,14 @@ def stack(
     biases = None
     if any(bias is not None or len(key) < longest for key, _, bias in entries):
         biases = torch.stack([_filled_bias(key, bias, longest) for key, _, bias in entries])
-    keys = torch.stack([pad(key, (0, 0, 0, 0, 0, longest - len(key))) for key, _, _ in entries])
-    values = torch.stack([pad(value, (0, 0, 0, 0, 0, longest - len(value))) for _, value, _ in entries])
+    keys = torch.stack([_filled(key, longest) for key, _, _ in entries])
+    values = torch.stack([_filled(value, longest) for _, value, _ in entries])
     return Prefixes(keys, values, biases, rows)
+
+
+def _filled(tensor: Tensor, longest: int) -> Tensor:
+    missing = longest - len(tensor)
+    return pad(tensor, (0, 0, 0, 0, 0, missing)) if missing else tensor  # `pad` by nothing would copy
 
 
 def _filled_bias(key: Tensor, bias: Tensor | None, longest: int) -> Tensor:

@@ -139,17 +139,13 @@ class Reparameterization(nn.Module):
     def _split(self, vector: Float[Tensor, " N"]) -> list[SiteTensors]:
         tensors: dict[int, SiteTensors] = {}
         for kind, matrix in self._matrices(vector).items():
-            column = 0
-            for site in self._kinds[kind]:
-                entry: list[Any] = []
-                for shape in self._shapes[site]:
-                    if shape is None:
-                        entry.append(None)
-                        continue
-                    width = shape[1:].numel()
-                    entry.append(matrix[:, column : column + width].unflatten(1, shape[1:]))
-                    column += width
-                key, value, gate = entry
+            shapes = [shape for site in self._kinds[kind] for shape in self._shapes[site]]
+            # Split at once: each slice of its own would have a gradient as long as the whole, to be added up.
+            parts = iter(matrix.split([shape[1:].numel() for shape in shapes if shape is not None], 1))
+            entries = iter([None if shape is None else next(parts).unflatten(1, shape[1:]) for shape in shapes])
+            for site, key, value, gate in zip(self._kinds[kind], entries, entries, entries, strict=True):
+                assert key is not None
+                assert value is not None
                 # Symmetric around zero, so that a gate that crosses it goes on learning; never zero, as its log is taken.
                 tensors[site] = SiteTensors(key, value, None if gate is None else gate.abs().clamp_min(_SMALLEST_GATE))
         return [tensors[i] for i in range(len(self.sites))]
