@@ -6,6 +6,7 @@ Results go to stdout, everything else to stderr. Exit codes: 0, 1 for a failure,
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,9 +20,9 @@ from .console import counting, err, human_bytes, is_first, out, table, training_
 from .errors import ConfigError, DataError, ForewordError
 from .exchange import export, import_, push
 from .listing import Json, PrefixFile, list_, show
-from .options import read_options, with_flags
+from .options import JobConfig, read_options, with_flags
 from .serving import keys, serve
-from .sweep import read_sweep, train_sweep
+from .sweep import keep_results, read_sweep
 
 if TYPE_CHECKING:
     from .models import Base
@@ -61,6 +62,14 @@ def train(
         typer.Option(help="A YAML file: `grid`, options with lists of values, or `runs`, a list of options."),
     ] = None,
     at_once: Annotated[int, typer.Option(min=1, help="For --sweep: how many runs share a batch.")] = 8,
+    on: Annotated[
+        Literal["ray"] | None,
+        typer.Option(help="For --sweep: spread the runs over a Ray cluster.", show_default="this process"),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="For --on ray: how many.", show_default="one for each GPU, or else machine"),
+    ] = None,
     **given: Any,
 ) -> None:
     """Train a prefix on rows of prompt and completion, or of the task given.
@@ -70,31 +79,52 @@ def train(
     """
     runs = [read_options(config, given)] if sweep is None else read_sweep(sweep, config, given)
     job, prefix_config, train_config = runs[0]
+    if on is None and workers is not None:
+        raise ConfigError("--workers are those of a cluster: give --on ray as well.")
+    if on is not None:
+        _check_fleet(sweep, job)
     from .processes import leave
     from .store import check_writable, save
     from .tasks import TASKS, find_labels
-    from .training import train
+    from .training import Job, train, train_many
 
     if is_first:
         for own in runs:
             check_writable(own.job.out)
     run = job.out.with_suffix(".run")
     labels = find_labels(TASKS[train_config.task], job.data, train_config.skip_bad_rows)
-    base = _load_base(
+    load = partial(
+        _load_base,
         job.model,
         job.device,
         job.trust_remote_code,
         precision=job.precision,
+        shard=job.shard,
         task=train_config.task,
         labels=labels,
         seed=train_config.seed,
     )
+    how: Any = {"resume": resume, "overwrite": overwrite}
     try:
         if sweep is not None:
-            with counting("train", sum(own.train.steps for own in runs)) as count:
-                train_sweep(runs, base, at_once, resume, overwrite, lambda _: count(1))
+            jobs = [Job(o.job.data, o.prefix, o.train, o.job.held_out, o.job.out.with_suffix(".run")) for o in runs]
+            steps = sum(own.train.steps for own in runs)
+            if on is not None:
+                from .fleet import train_fleet
+
+                with counting("train", steps) as count:
+                    gpus = job.device != "cpu"
+                    fleet = train_fleet(load, jobs, workers=workers, gpus=gpus, at_once=at_once, on_steps=count, **how)
+                    keep_results(runs, fleet)
+                return
+            base = load()
+            with counting("train", steps) as count:
+                watched = [own._replace(on_step=lambda _: count(1)) for own in jobs]
+                prefixes = train_many(base.model, base.tokenizer, watched, at_once=at_once, **how)
             leave()
+            keep_results(runs, enumerate(prefixes))
             return
+        base = load()
         with training_bar(train_config.steps) as show:
             prefix = train(
                 base.model,
@@ -104,9 +134,8 @@ def train(
                 train_config,
                 held_out=job.held_out,
                 run=run,
-                resume=resume,
-                overwrite=overwrite,
                 on_step=show,
+                **how,
             )
     except KeyboardInterrupt:
         err.print(f"Stopped. Go on with the same command and --resume; the state is in {run}.")
@@ -337,6 +366,18 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         out.print(__version__)
         raise typer.Exit
+
+
+def _check_fleet(sweep: Path | None, job: JobConfig) -> None:
+    """Raise `ConfigError` where the options do not go with --on ray."""
+    if sweep is None:
+        raise ConfigError("--on ray spreads the runs of a sweep: give --sweep FILE as well.")
+    if job.shard or os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            "--on ray gives each worker a base of its own: leave out --shard, and start one process, without torchrun."
+        )
+    if job.device is not None and ":" in job.device:
+        raise ConfigError(f"--on ray gives each worker a device of its own: leave out --device {job.device}.")
 
 
 def _load_base(name: str, device: str | None, trust_remote_code: bool, **options: Any) -> "Base":

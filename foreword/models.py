@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from .config import Precision, TaskName
 from .errors import ConfigError
 from .heads import head_names, note_missing
+from .processes import own_device
+from .processes import shard as spread
 from .quantized import is_quantized, quantization_config
 from .tasks import TASKS
 
@@ -92,6 +94,7 @@ def load_base(
     seed: int = 0,
     precision: Precision = "auto",
     device: str | None = None,
+    shard: bool = False,
     trust_remote_code: bool = False,
 ) -> Base:
     """Load a language model (decoder or encoder-decoder), or a model with the head of another task, frozen.
@@ -105,17 +108,19 @@ def load_base(
         seed: of what the checkpoint does not hold of the head, which starts from random numbers.
         precision: `auto` is `machine_precision`. `int8`, `int4` (NF4) and `fp8` quantize the weights of linear layers, and
             keep everything else as `auto` does; they need the extra `quantized`.
-        device: for example `cpu` or `cuda:1`; the first accelerator if there is one.
+        device: for example `cpu` or `cuda:1`; by default the accelerator, if there is one, and for each of several
+            processes (torchrun) its own.
+        shard: spread the layers over these processes, each of which holds a share (FSDP2).
 
     Raises:
         ConfigError: there is no such model, or it needs code that was not asked for; labels are missing, or the
             checkpoint has no language-model head to complete prompts with; the precision needs a library that is not
-            installed, or the model has no linear layers to quantize.
+            installed, or the model has no linear layers to quantize; the processes are more than the devices.
 
     Example:
         >>> model, tokenizer, name = load_base("smollm2", precision="float32")  # doctest: +SKIP
     """
-    where = torch.device(device or (torch.accelerator.current_accelerator() or "cpu"))
+    where = own_device(device)
     folder = model_folder(name)
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     dtype = named.get(precision) or machine_precision(where)
@@ -144,15 +149,17 @@ def load_base(
     text_config = model.config.get_text_config()
     if TASKS[task].has_head and text_config.pad_token_id is None:
         text_config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    if quantization is None:
-        model.to(where)
-    elif not any(is_quantized(module) for module in model.modules()):
+    if quantization is not None and not any(is_quantized(module) for module in model.modules()):
         raise ConfigError(
             f"{name!r} has no linear layers that can be quantized, so precision {precision} would change nothing. "
             "Load it in bfloat16."
         )
-    model.eval().requires_grad_(False)
     model.config._name_or_path = name
+    model.eval().requires_grad_(False)
+    if shard:
+        spread(model, where)
+    elif quantization is None:
+        model.to(where)
     return Base(model, tokenizer, name)
 
 

@@ -31,7 +31,9 @@ class JobConfig:
         held_out: rows to measure progress on; by default some are set aside from the training rows.
         precision: of the base; `auto` is bfloat16 where the machine multiplies it natively. `int8`, `int4` and `fp8`
             quantize its linear layers, which takes half or a quarter of the memory.
-        device: for example `cpu` or `cuda:1`; by default the accelerator, if there is one.
+        device: for example `cpu` or `cuda:1`; by default the accelerator, if there is one; for each of several processes its own.
+        shard: spread the base's layers over the processes that torchrun or `accelerate launch` started, for a base that does
+            not fit one device (FSDP2).
         trust_remote_code: run Python code that comes with the model.
     """
 
@@ -41,6 +43,7 @@ class JobConfig:
     held_out: str | None = None
     precision: Precision = "auto"
     device: str | None = None
+    shard: bool = False
     trust_remote_code: bool = False
 
 

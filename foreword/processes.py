@@ -125,8 +125,8 @@ def shard(model: PreTrainedModel, device: torch.device) -> None:
             "shard spreads the base over several processes, but only one was started. Start them with "
             "torchrun --nproc-per-node N -m foreword train ... --shard, or leave --shard out."
         )
-    if odd := next((name for name, module in model.named_modules() if is_quantized(module)), None):
-        raise ConfigError(f"A quantized base cannot be sharded, and {odd} is quantized. Load it in bfloat16.")
+    if any(is_quantized(module) for module in model.modules()):
+        raise ConfigError("A quantized base cannot be spread over processes. Leave shard out, or load it in bfloat16.")
     join(device)
     remember_fingerprint(model)
     model.requires_grad_(False)

@@ -16,9 +16,9 @@ from typing import Any
 
 from .errors import ConfigError
 
-__all__ = ["RunFolder", "newest_checkpoint", "start_file"]
+__all__ = ["RunFolder", "check_started", "has_started", "make_room", "newest_checkpoint", "start_file", "steps_logged"]
 
-_START = "start.safetensors"
+_CONFIG, _METRICS, _START = "config.json", "metrics.jsonl", "start.safetensors"
 
 
 class RunFolder:
@@ -39,28 +39,20 @@ class RunFolder:
         self, path: str | Path, config: dict[str, Any], *, resume: bool = False, overwrite: bool = False
     ) -> None:
         self.path = Path(path)
-        self._config_file = self.path / "config.json"
-        self._metrics_file = self.path / "metrics.jsonl"
+        self._config_file = self.path / _CONFIG
+        self._metrics_file = self.path / _METRICS
         self._checkpoints = self.path / "checkpoints"
         self.start_file = self.path / _START
         config = json.loads(json.dumps(config))  # as it will read back
-        if resume and overwrite:
-            raise ConfigError("resume and overwrite contradict each other: go on with the earlier run, or delete it.")
         if resume:
             self._check_same(config)
             return
-        if self._config_file.exists():
-            if not overwrite:
-                raise ConfigError(
-                    f"{self.path} holds an earlier run. Go on with it (--resume), or start over and delete it (--overwrite)."
-                )
-            shutil.rmtree(self.path)
+        make_room(self.path, overwrite=overwrite)
         self.path.mkdir(parents=True, exist_ok=True)
         _write(self._config_file, json.dumps(config, indent=2) + "\n")
 
     def _check_same(self, config: dict[str, Any]) -> None:
-        if not self._config_file.exists():
-            raise ConfigError(f"{self.path}: no run to resume. Start it without --resume.")
+        check_started(self.path)
         earlier = json.loads(self._config_file.read_text("utf-8"))
         changed = [
             f"{key}: then {earlier.get(key)!r}, now {config.get(key)!r}"
@@ -130,6 +122,34 @@ class RunFolder:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
         figure.savefig(self.path / "loss.png", dpi=130)
+
+
+def has_started(run: str | Path) -> bool:
+    """Whether there is a run in this folder."""
+    return (Path(run) / _CONFIG).exists()
+
+
+def check_started(run: str | Path) -> None:
+    """Raise `ConfigError` where there is no run to go on with."""
+    if not has_started(run):
+        raise ConfigError(f"{run}: no run to resume. Start it without --resume.")
+
+
+def make_room(run: str | Path, *, overwrite: bool) -> None:
+    """Delete an earlier run if `overwrite` says so; otherwise it is a `ConfigError`."""
+    if not has_started(run):
+        return
+    if not overwrite:
+        raise ConfigError(
+            f"{run} holds an earlier run. Go on with it (--resume), or start over and delete it (--overwrite)."
+        )
+    shutil.rmtree(run)
+
+
+def steps_logged(run: str | Path) -> int:
+    """How many steps the run's metrics tell of so far."""
+    metrics = Path(run) / _METRICS
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
 def newest_checkpoint(run: str | Path) -> Path | None:

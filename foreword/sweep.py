@@ -1,23 +1,25 @@
 """Several runs from one file: what differs between them, where each goes, and a table of how they ended."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.markup import escape
 
 from .console import err, human_bytes, is_first, out, table
-from .errors import ConfigError
+from .errors import ConfigError, ForewordError
 from .options import Options, check_names, read_options
 
-__all__ = ["read_sweep", "train_sweep"]
+__all__ = ["keep_results", "read_sweep"]
 
 _SHARED = (
     "model",
     "precision",
     "device",
+    "shard",
     "trust_remote_code",
     "task",
     "micro_batches",
@@ -72,25 +74,37 @@ def read_sweep(file: Path, config: Path | None, given: Mapping[str, Any]) -> lis
     return list(made.values())
 
 
-def train_sweep(
-    sweep: list[Options], base: Any, at_once: int, resume: bool, overwrite: bool, watch: Callable[..., None]
-) -> None:
-    """Train the runs, write their prefixes, print a table with the best on top."""
-    from .store import save
-    from .training import Job, train_many
+def keep_results(sweep: Sequence[Options], results: Iterable[tuple[int, Any]]) -> None:
+    """Write the prefix of each run as it ends, then print a table with the best on top.
 
-    jobs = [
-        Job(job.data, prefix, train, job.held_out, job.out.with_suffix(".run"), watch) for job, prefix, train in sweep
-    ]
-    prefixes = train_many(base.model, base.tokenizer, jobs, at_once=at_once, resume=resume, overwrite=overwrite)
-    rows = []
-    for options, prefix in zip(sweep, prefixes, strict=True) if is_first else ():
-        save(prefix, options.job.out)
+    Args:
+        sweep: the runs.
+        results: of each run its number, and its prefix or what went wrong.
+
+    Raises:
+        ForewordError: some runs failed; the others are kept.
+    """
+    from .store import save
+
+    rows, failed = [], 0
+    for number, prefix in results:
+        path = sweep[number].job.out
+        if isinstance(prefix, str):
+            failed += 1
+            err.print(f"{path}: {escape(prefix)}")
+            continue
+        if not is_first:
+            continue
+        save(prefix, path)
         training = prefix.metadata["training"]
-        loss, size = training["held_out_loss"], human_bytes(options.job.out.stat().st_size)
+        loss, size = training["held_out_loss"], human_bytes(path.stat().st_size)
         shown = "-" if loss is None else f"{loss:.4f}"
-        rows.append((loss, [str(options.job.out), shown, training["best_step"], training["steps"], size]))
+        rows.append((loss, [str(path), shown, training["best_step"], training["steps"], size]))
         if training["skipped_rows"]:
-            err.print(f"{options.job.out}: left out {training['skipped_rows']} bad rows.")
+            err.print(f"{path}: left out {training['skipped_rows']} bad rows.")
     ordered = sorted(rows, key=lambda row: (row[0] is None, row[0]))
     out.print(table(["prefix", "held-out loss", "at step", "of", "size"], [row for _, row in ordered]))
+    if failed:
+        raise ForewordError(
+            f"{failed} of {len(sweep)} runs failed. Mend what is told above, then the same with --resume."
+        )

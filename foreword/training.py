@@ -22,7 +22,7 @@ from .prefix import Prefix
 from .processes import from_first, join
 from .quantized import precision_name
 from .reparameterization import Reparameterization
-from .runs import RunFolder, newest_checkpoint, start_file
+from .runs import RunFolder, check_started, has_started, newest_checkpoint, start_file
 from .store import load, save
 from .tasks import TASKS, check_model, read
 
@@ -75,8 +75,11 @@ def train(
         >>> prefix = train(model, tokenizer, rows)  # doctest: +SKIP
     """
     job = Job(data, prefix, config, held_out, run, on_step)
-    if resume and run is None:
-        raise ConfigError("resume needs the run folder of the run to go on with.")
+    if resume:
+        if run is None:
+            raise ConfigError("resume needs the run folder of the run to go on with.")
+        join(input_device(model))
+        from_first(lambda: check_started(run))
     return train_many(model, tokenizer, [job], resume=resume, overwrite=overwrite)[0]
 
 
@@ -108,7 +111,7 @@ def train_many(
     Args:
         jobs: what to train. They share the task and the number of micro-batches.
         at_once: how many runs share a batch; it holds the rows of all of them.
-        resume: go on with those that have a checkpoint; `overwrite`: delete what earlier runs left.
+        resume: go on with the runs that have started; `overwrite`: delete what earlier runs left.
 
     Raises:
         DataError, ConfigError, UnsupportedModelError: as `train`; before training starts.
@@ -117,6 +120,8 @@ def train_many(
         >>> jobs = [Job("tickets.jsonl", config=TrainConfig(seed=seed)) for seed in range(3)]
         >>> prefixes = train_many(model, tokenizer, jobs)  # doctest: +SKIP
     """
+    if resume and overwrite:
+        raise ConfigError("resume and overwrite contradict each other: go on with earlier runs, or delete them.")
     configs = [job.config or TrainConfig() for job in jobs]
     for name in ("task", "micro_batches", "tracker", "compile", "gradient_checkpointing"):
         if len(found := {getattr(config, name) for config in configs}) > 1:
@@ -167,8 +172,11 @@ def _prepare(
     asked = {"prefix": asdict(prefix), "train": asdict(config), "data": _digest([*rows, *held_out])}
 
     def earlier() -> tuple[RunFolder | None, tuple[Prefix, dict[str, Any]] | None]:
-        folder = None if job.run is None else RunFolder(job.run, asked, resume=resume, overwrite=overwrite)
-        found = newest_checkpoint(job.run) if job.run is not None and resume else None
+        if job.run is None:
+            return None, None
+        again = resume and has_started(job.run)
+        folder = RunFolder(job.run, asked, resume=again, overwrite=overwrite)
+        found = newest_checkpoint(job.run) if again else None
         return folder, None if found is None else (load(start_file(found)), read_checkpoint(found))
 
     folder, found = from_first(earlier)

@@ -46,7 +46,7 @@ LEVELS = [
     ["tasks"],
     ["evaluation", "loop", "models"],
     ["training"],
-    ["comparison"],
+    ["comparison", "fleet"],
     ["console", "server"],
     ["demo", "exchange", "listing", "serving", "sweep"],
     ["comparing"],

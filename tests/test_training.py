@@ -167,26 +167,6 @@ def test_killed_run_resumes_to_the_same_prefix(model_folder, rows_file, tmp_path
     assert same(whole, resumed)
 
 
-def test_two_processes_give_the_prefix_of_one(model_folder, rows_file, tmp_path):
-    script = tmp_path / "job.py"
-    script.write_text(
-        "import sys, foreword, transformers\n"
-        "from foreword import PrefixConfig, TrainConfig\n"
-        "base = foreword.load_base(sys.argv[1], precision='float32', device='cpu')\n"
-        "config = TrainConfig(steps=4, batch_size=4, evaluate_every=2)\n"
-        "prefix = foreword.train(base.model, base.tokenizer, sys.argv[2], PrefixConfig(4), config, run=sys.argv[3] + '.run')\n"
-        "import accelerate\n"
-        "if accelerate.PartialState().is_main_process: foreword.save(prefix, sys.argv[3] + '.safetensors')\n"
-    )
-    arguments = [str(script), str(model_folder), str(rows_file)]
-    subprocess.run([sys.executable, *arguments, str(tmp_path / "one")], check=True, capture_output=True)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*launch, *arguments, str(tmp_path / "two")], check=True, capture_output=True)
-    one, two = (foreword.load(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
-    for a, b in zip(one.parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-
-
 def test_held_out_rows_can_be_given(llama, tokenizer):
     prefix = train(llama, tokenizer, ROWS[:20], SMALL, QUICK, held_out=ROWS[20:])
     assert (prefix.metadata["training"]["rows"], prefix.metadata["training"]["held_out_rows"]) == (20, 4)
