@@ -95,7 +95,7 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for shape in (LLAMA, *LARGER):
-        for processes, sharded in ((1, False), (8, False), (8, True), (64, True)):
+        for processes, sharded in ((1, False), (8, False), (8, True)):
             seconds, tokens = (
                 TIMES * shape.operations(rows, length, virtual_tokens, 0.5) / SPEED,
                 processes * rows * length,
@@ -107,7 +107,7 @@ def main() -> None:
             gathered = 2 * 2 * shape.in_layers * (processes - 1) / processes if sharded else 0
             told = [f"{1000 * (ring + gathered) / speed:,.2f}" if processes > 1 else "-" for speed in (NVLINK, NETWORK)]
             cells = [
-                shape.name, processes, "sharded" if sharded else "whole", f"{1000 * seconds:,.0f}", f"{tokens / seconds:,.0f}", f"{memory:,.1f}", f"{less:,.1f}",
+                shape.name, processes, "spread" if sharded else "whole", f"{1000 * seconds:,.0f}", f"{tokens / seconds:,.0f}", f"{memory:,.1f}", f"{less:,.1f}",
                 f"{vector / 1e6:.1f}" if processes > 1 else "-", f"{gathered / 1e9:.1f}" if sharded else "-", *told,
             ]  # fmt: skip
             print("| " + " | ".join(map(str, cells)) + " |")

@@ -9,7 +9,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "api.md"
 SECTIONS = {  # public names, and a few that they take or return
-    "Adapt a model": ["train", "PrefixConfig", "TrainConfig", "evaluate", "evaluation.Evaluation", "load_base"],
+    "Adapt a model": [
+        "train",
+        "train_many",
+        "Job",
+        "PrefixConfig",
+        "TrainConfig",
+        "evaluate",
+        "evaluation.Evaluation",
+        "load_base",
+    ],
     "Rows": ["data.read_rows", "data.Row"],
     "Use prefixes": ["attach", "attachment.Attachment", "text_prefix", "compose", "attention_sites"],
     "Prefix files": ["save", "load", "PrefixStore"],
@@ -118,7 +127,10 @@ def dedent(text: str) -> str:
 
 
 def is_dataclass(node: ast.ClassDef) -> bool:
-    return any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
+    """Or a named tuple, whose fields are its arguments as well."""
+    return any("dataclass" in ast.unparse(d) for d in node.decorator_list) or "NamedTuple" in map(
+        ast.unparse, node.bases
+    )
 
 
 def methods(node: ast.ClassDef) -> list[ast.FunctionDef]:

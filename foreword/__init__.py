@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from .models import load_base
     from .prefix import AttentionSite, Prefix
     from .store import PrefixStore, load, save
-    from .training import train
+    from .training import Job, train, train_many
 
 __all__ = [
     "AttentionSite",
     "ForewordError",
+    "Job",
     "Prefix",
     "PrefixConfig",
     "PrefixStore",
@@ -32,6 +33,7 @@ __all__ = [
     "save",
     "text_prefix",
     "train",
+    "train_many",
 ]
 
 __version__ = "0.1.0"
@@ -40,6 +42,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AttentionSite": "prefix",
     "ForewordError": "errors",
+    "Job": "training",
     "Prefix": "prefix",
     "PrefixConfig": "config",
     "PrefixStore": "store",
@@ -53,6 +56,7 @@ _HOME = {
     "save": "store",
     "text_prefix": "initialization",
     "train": "training",
+    "train_many": "training",
 }
 
 

@@ -84,7 +84,16 @@ def train(
 
 
 class Job(NamedTuple):
-    """One of several prefixes to train: the arguments of `train` that may differ."""
+    """One of several prefixes to train: the arguments of `train` that may differ.
+
+    Args:
+        data: training rows.
+        prefix: the prefix to make.
+        config: how to train.
+        held_out: rows to measure progress on.
+        run: the run folder.
+        on_step: called after each step.
+    """
 
     data: Data
     prefix: PrefixConfig | None = None
@@ -114,11 +123,26 @@ def train_many(
         resume: go on with the runs that have started; `overwrite`: delete what earlier runs left.
 
     Raises:
-        DataError, ConfigError, UnsupportedModelError: as `train`; before training starts.
+        ConfigError: the runs differ in what they share, or as `train`.
+        DataError: a row cannot be used. Before training starts.
+        UnsupportedModelError: the model cannot carry a prefix.
 
     Example:
-        >>> jobs = [Job("tickets.jsonl", config=TrainConfig(seed=seed)) for seed in range(3)]
-        >>> prefixes = train_many(model, tokenizer, jobs)  # doctest: +SKIP
+        >>> import foreword
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=2))
+        >>> words = {word: i for i, word in enumerate("? where is it here there".split())}
+        >>> own = Tokenizer(models.WordLevel(words, unk_token="?"))
+        >>> own.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, eos_token="?")
+        >>> rows = [{"prompt": "where is it", "completion": "it is here"}, {"prompt": "is it here", "completion": "there"}]
+        >>> lengths = [foreword.PrefixConfig(num_virtual_tokens=length) for length in (2, 3)]
+        >>> prefixes = foreword.train_many(
+        ...     model, tokenizer, [foreword.Job(rows * 3, length, foreword.TrainConfig(steps=2)) for length in lengths]
+        ... )
+        >>> [prefix.num_virtual_tokens for prefix in prefixes]
+        [2, 3]
     """
     if resume and overwrite:
         raise ConfigError("resume and overwrite contradict each other: go on with earlier runs, or delete them.")
