@@ -6,15 +6,17 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
 import foreword
 from foreword import PrefixConfig, TrainConfig, load_base, train
 from foreword.errors import ConfigError
-from foreword.processes import own_device
+from foreword.processes import join, own_device
 from foreword.training import Job, train_many
 
 SMALL = PrefixConfig(4)
@@ -22,6 +24,7 @@ CONFIGS = {
     "plain": TrainConfig(steps=5, batch_size=5, evaluate_every=2, learning_rate=0.1),
     "split": TrainConfig(steps=4, batch_size=3, micro_batches=2, learning_rate=0.1),  # three parts for two processes
     "early": TrainConfig(steps=200, batch_size=4, learning_rate=3.0, evaluate_every=1, patience=3),
+    "again": TrainConfig(steps=5, batch_size=5, evaluate_every=2, learning_rate=0.1, gradient_checkpointing=True),
     "other": TrainConfig(steps=3, batch_size=5, seed=1, learning_rate=0.1),
 }
 
@@ -56,7 +59,7 @@ def interrupt(progress):
 dist.all_reduce = counting
 for way in ("whole", "sharded"):
     model, tokenizer, _ = load_base(folder, precision="float32", device="cpu", shard=way == "sharded")
-    for name in ("plain", "split", "early"):
+    for name in ("plain", "split", "early", "again"):
         tell(f"{way} {name}", train(model, tokenizer, rows, small, configs[name]))
     tell(f"{way} two", *train_many(model, tokenizer, [Job(rows, small, configs[name]) for name in ("plain", "other")]))
     run, reasons = out / f"{way}.run", []
@@ -113,7 +116,7 @@ def test_two_processes_give_the_prefix_of_one(way, one, rows, together):
         name: [train(one.model, one.tokenizer, str(rows), SMALL, CONFIGS[name])] for name in ("plain", "split", "early")
     }
     jobs = [Job(str(rows), SMALL, CONFIGS[name]) for name in ("plain", "other")]
-    alone |= {"two": train_many(one.model, one.tokenizer, jobs), "resumed": alone["plain"]}
+    alone |= {"two": train_many(one.model, one.tokenizer, jobs)} | dict.fromkeys(("resumed", "again"), alone["plain"])
     assert alone["early"][0].metadata["training"]["steps"] < 200
     for name, prefixes in alone.items():
         told = first[f"{way} {name}"]
@@ -191,7 +194,7 @@ def test_command_under_torchrun_writes_and_says_things_once(one, rows, model_fol
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_what_cannot_be_shared_says_why(run, model_folder, rows, monkeypatch, llama, tokenizer):
+def test_what_cannot_be_shared_says_why(run, model_folder, rows, monkeypatch):
     asked = ["train", "--model", model_folder, "--data", rows, "--out", "a.safetensors"]
     done = run(*asked, "--shard")
     assert (done.code, "but only one was started" in done.err) == (2, True)
@@ -207,3 +210,7 @@ def test_what_cannot_be_shared_says_why(run, model_folder, rows, monkeypatch, ll
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
     assert own_device("cuda") == torch.device("cuda", 3)
     assert own_device("cpu") == torch.device("cpu")
+    configured = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    monkeypatch.setattr("foreword.processes.Accelerator", lambda **_: configured)
+    with pytest.raises(ConfigError, match="configured for FSDP, but nothing is wrapped"):
+        join(torch.device("cpu"))
