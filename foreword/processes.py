@@ -28,7 +28,7 @@ __all__ = ["add_up", "from_first", "is_sharded", "join", "leave", "own_device", 
 
 T = TypeVar("T")
 
-_PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+_WRAPPING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 def world_size() -> int:
@@ -60,16 +60,22 @@ def own_device(asked: str | None) -> torch.device:
 
 
 def join(device: torch.device, **options: Any) -> Accelerator:
-    """Meet the other processes, if there are any.
+    """Meet the other processes, if there are any. `device`: where this one's model is.
 
     Raises:
-        ConfigError: Accelerate is configured to wrap the model in a way that training does not.
+        ConfigError: Accelerate is configured to wrap the model in a way that training does not, or the model is on the device
+            of another process.
     """
     accelerator = Accelerator(cpu=device.type == "cpu", **options)
-    if accelerator.distributed_type not in _PLAIN:
+    if accelerator.distributed_type in _WRAPPING:
         raise ConfigError(
             f"Accelerate is configured for {accelerator.distributed_type.value}, but nothing is wrapped here: what is trained is "
             "small. Launch plain processes (accelerate launch --multi_gpu, or torchrun); --shard spreads the base over them."
+        )
+    if accelerator.num_processes > 1 and device.type == "cuda" and device != accelerator.device:
+        raise ConfigError(
+            f"The model is on {device}, but process {accelerator.process_index} has {accelerator.device} for its own. Load it "
+            "with foreword.load_base, which knows, or move it there."
         )
     return accelerator
 
