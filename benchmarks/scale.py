@@ -195,7 +195,7 @@ class Bench:
 def make_rows(count: int, shortest: int, longest: int) -> list[Example]:
     """Rows of few distinct tokens, so that there is something to learn; half of each is labelled."""
     draw = random.Random(0)
-    lengths = [draw.randint(shortest, longest) for _ in range(count)]
+    lengths = [draw.randint(max(2, shortest), longest) for _ in range(count)]
     return [Example(tuple(draw.choices(range(50), k=length)), length // 2) for length in lengths]
 
 
