@@ -164,7 +164,7 @@ class Bench:
 
     def exchange(self) -> None:
         """How long summing the prefix's gradient takes alone."""
-        config = TINY if self.tiny else LLAMA
+        config: Any = TINY if self.tiny else LLAMA
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         numbers = 2 * self.virtual_tokens * config.num_hidden_layers * config.num_key_value_heads * head
         if self.world == 1:
