@@ -96,22 +96,27 @@ def test_public_names_are_what_can_be_imported():
 
 
 def test_every_module_lists_what_others_may_use():
-    for file in PACKAGE.glob("*.py"):
-        tree = ast.parse(file.read_text("utf-8"))
-        assert ast.get_docstring(tree), file
-        if file.stem == "__main__":
-            continue
-        listed = {
-            name
+    trees = {file.stem: ast.parse(file.read_text("utf-8")) for file in PACKAGE.glob("*.py")}
+    assert [name for name, tree in trees.items() if not ast.get_docstring(tree)] == []
+    listed = {
+        name: {
+            public
             for node in tree.body
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
-            for name in ast.literal_eval(node.value)
+            for public in ast.literal_eval(node.value)
         }
-        assert listed, file
-        for other in PACKAGE.glob("*.py"):
-            for node in ast.walk(ast.parse(other.read_text("utf-8"))):
-                if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module == file.stem:
-                    assert {alias.name for alias in node.names} <= listed, (other, file)
+        for name, tree in trees.items()
+    }
+    assert [name for name, public in listed.items() if not public] == ["__main__"]
+    private = [
+        f"{name} takes {alias.name} of {node.module}"
+        for name, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module is not None
+        for alias in node.names
+        if alias.name not in listed[node.module]
+    ]
+    assert private == []
 
 
 def test_help_needs_no_torch():
