@@ -23,6 +23,8 @@ from urllib.request import Request as HttpRequest
 from urllib.request import urlopen
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several engines and servers share the cores
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM's scheduler in this process, and with it what it logs
 
 import pytest
@@ -250,9 +252,7 @@ TINY |= {"num_key_value_heads": 2, "head_dim": 32, "vocab_size": 260, "max_posit
 
 
 @pytest.mark.parametrize("heads", [4, 1], ids=["split", "repeated"])
-def test_two_ranks_each_write_their_own_heads(tmp_path, monkeypatch, heads):
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the ranks wait for each other
+def test_two_ranks_each_write_their_own_heads(tmp_path, heads):
     torch.manual_seed(0)
     shape = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": heads, "initializer_range": 0.2}
     model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY | shape)).eval()
@@ -391,7 +391,8 @@ class TestForewordServe:
     """`foreword serve --engine vllm`."""
 
     @pytest.fixture(scope="class")
-    def server(self, store: Path) -> Iterator[str]:
+    @classmethod
+    def server(cls, store: Path) -> Iterator[str]:
         command = ["foreword.cli", "serve", "--engine", "vllm", "--model", "smollm2", "--store", store]
         command += ["--precision", "float32", "--port", 0, "--max-length", 1024, "--rows", 8]
         with running("http://127.0.0.1:", *command) as line:
@@ -503,7 +504,8 @@ class TestVllmServe:
     """vLLM's own server, with the connector."""
 
     @pytest.fixture(scope="class")
-    def server(self, store: Path) -> Iterator[str]:
+    @classmethod
+    def server(cls, store: Path) -> Iterator[str]:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         command = [
