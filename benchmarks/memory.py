@@ -85,7 +85,7 @@ def measure(
             run.next_rows = lambda batch=batch: batch
             began = time.perf_counter()
             step = trainer.step([run])
-            losses.append(float(step.losses.sum()) / sum(step.labels))  # waits for the device
+            losses.append(sum(step.read()[1:]) / sum(step.labels))  # waits for the device
             seconds.append(time.perf_counter() - began)
             if not cuda:
                 memory()

@@ -5,9 +5,10 @@ from typing import Literal
 
 from .errors import ConfigError
 
-__all__ = ["Precision", "PrefixConfig", "TaskName", "TrainConfig"]
+__all__ = ["SHARED", "Precision", "PrefixConfig", "TaskName", "TrainConfig"]
 
 Precision = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4", "fp8"]
+SHARED = ("task", "micro_batches", "tracker", "compile", "gradient_checkpointing")  # by runs that are trained together
 TaskName = Literal["completion", "classification", "token_classification", "question_answering"]
 
 

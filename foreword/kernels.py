@@ -83,20 +83,16 @@ def stack(
     longest = max(len(key) for key, _, _ in entries)
     biases = None
     if any(bias is not None or len(key) < longest for key, _, bias in entries):
-        biases = torch.stack([_filled_bias(key, bias, longest) for key, _, bias in entries])
+        own = [key.new_zeros(key.shape[:2]) if bias is None else bias for key, _, bias in entries]
+        biases = torch.stack([_filled(bias, longest, -torch.inf) for bias in own])
     keys = torch.stack([_filled(key, longest) for key, _, _ in entries])
     values = torch.stack([_filled(value, longest) for _, value, _ in entries])
     return Prefixes(keys, values, biases, rows)
 
 
-def _filled(tensor: Tensor, longest: int) -> Tensor:
-    missing = longest - len(tensor)
-    return pad(tensor, (0, 0, 0, 0, 0, missing)) if missing else tensor  # `pad` by nothing would copy
-
-
-def _filled_bias(key: Tensor, bias: Tensor | None, longest: int) -> Tensor:
-    own = key.new_zeros(key.shape[:2]) if bias is None else bias
-    return pad(own, (0, 0, 0, longest - len(key)), value=-torch.inf)
+def _filled(tensor: Tensor, longest: int, value: float = 0.0) -> Tensor:
+    missing = longest - len(tensor)  # `pad` by nothing would copy
+    return pad(tensor, (*[0, 0] * (tensor.dim() - 1), 0, missing), value=value) if missing else tensor
 
 
 # ----------------------------------------------------------------------------------------------- the reference path

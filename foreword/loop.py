@@ -9,31 +9,27 @@ Nothing in a step waits for the device: the loss of a step is read when the next
 """
 
 import math
-import random
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from .anatomy import input_device, layers_with_sites
+from .anatomy import input_device
 from .attachment import Attachment, attach, can_pack
 from .config import TrainConfig
 from .data import Batch, Example, schedule
 from .errors import ConfigError
+from .passes import Graphs, checkpointed, compiled, dropout, stream_of_its_own
 from .prefix import Prefix
 from .processes import add_up, is_sharded
 from .quantized import differentiable
@@ -162,12 +158,19 @@ class _Step(NamedTuple):
     """A step that was launched; its losses may still be on their way."""
 
     runs: list[Run]
-    losses: Tensor  # [K], summed over labels
-    stop: Tensor  # [], how many processes were interrupted before it
+    told: (
+        Tensor  # [1 + K] on the host: how many processes were interrupted before it, each run's loss summed over labels
+    )
+    wait: Callable[[], None]  # until `told` is there
     labels: list[int]
     tokens: list[int]
     numbers: list[int]
     learning_rates: list[float]
+
+    def read(self) -> list[float]:
+        """What it told, once it is there."""
+        self.wait()
+        return self.told.tolist()
 
 
 class Trainer:
@@ -183,7 +186,7 @@ class Trainer:
         self.device = input_device(model)
         self.checked = False
         self.world, self.rank, self.sharded = accelerator.num_processes, accelerator.process_index, is_sharded(model)
-        self.graphs = _Graphs() if self.device.type == "cuda" and not self.sharded else None
+        self.graphs = Graphs() if self.device.type == "cuda" and not self.sharded else None
         self.attachment: Attachment | None = None
         self.inside = ExitStack()  # what is undone after training
         if self.device.type == "cuda" and not task.has_head:
@@ -223,12 +226,12 @@ class Trainer:
         self.seen: Any = (id(self.runs[0]),), ()
         self.last_report = time.perf_counter()
         if self.graphs is not None:
-            self.inside.enter_context(_stream_of_its_own())
+            self.inside.enter_context(stream_of_its_own())
         self.inside.enter_context(differentiable(self.model))
         if any(_wants_compiling(run.config, self.device, self.sharded) for run in self.runs):
-            self.inside.enter_context(_compiled(self.model))
+            self.inside.enter_context(compiled(self.model))
         if any(run.config.gradient_checkpointing for run in self.runs):
-            self.inside.enter_context(_checkpointed(self.model))
+            self.inside.enter_context(checkpointed(self.model))
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -248,14 +251,14 @@ class Trainer:
         seed = f"{config.seed} {active[0].step} {self.rank}"  # so that training resumes with the same masks
         with ExitStack() as once:
             if config.dropout:
-                once.enter_context(_dropout(self.model, seed))
+                once.enter_context(dropout(self.model, seed))
             for run in active:
                 once.enter_context(run.prefix.once())
             for part, counts in self._share(_parts(groups, config.micro_batches * self.world)):
                 losses += self._differentiate(active, part, counts)
             gradients = [run.prefix.gradients() for run in active]
-            stops = torch.full_like(losses[:1], float(stop))
-            stops, losses, *sums = add_up([stops, losses, *(own for tensors in gradients for own in tensors)])
+            told = torch.cat([torch.full_like(losses[:1], float(stop)), losses])
+            told, *sums = add_up([told, *(own for tensors in gradients for own in tensors)])
             totals = iter(sums)
             for tensors, count in zip(gradients, labels, strict=True):
                 for own in tensors:
@@ -266,7 +269,7 @@ class Trainer:
         for run in active:
             run.update()
         tokens = [sum(len(example.input_ids) for example in rows) for rows in groups]
-        return _Step(active, losses, stops[0], labels, tokens, [run.step for run in active], rates)
+        return _Step(active, *_to_host(told), labels, tokens, [run.step for run in active], rates)
 
     def _share(self, parts: Sequence[T]) -> list[tuple[T, bool]]:
         """This process's part of the work, and whether it counts.
@@ -344,7 +347,7 @@ class Trainer:
 
     def _report(self, step: _Step, evaluated: dict[int, float] | None = None) -> bool:
         """Read the losses of a step and pass them on. Whether a process was interrupted before it."""
-        losses = step.losses.tolist()
+        stop, *losses = step.read()
         now = time.perf_counter()
         seconds, self.last_report = now - self.last_report, now
         for run, loss, labels, tokens, number, rate in zip(
@@ -363,107 +366,16 @@ class Trainer:
                 self.accelerator.log({k: v for k, v in values.items() if k != "step"}, step=number)
             if run.on_step is not None:
                 run.on_step(progress)
-        return bool(step.stop)
+        return stop > 0
 
 
-class _Graphs:
-    """Forward and backward pass as CUDA graphs, one for each shape of batch that comes again."""
-
-    def __init__(self) -> None:
-        self._met: dict[Any, int] = {}
-        self._captured: dict[Any, tuple[Batch, torch.cuda.CUDAGraph, Tensor]] = {}
-        self._works: bool | None = None  # unknown yet
-
-    def run(self, runs: tuple[int, ...], batch: Batch, compute: Callable[[Batch], Tensor]) -> Tensor:
-        """What `compute` returns for the batch. The first times that a shape comes, by calling it."""
-        key = runs, batch.shape
-        self._met[key] = self._met.get(key, 0) + 1
-        if self._met[key] == 1 or self._works is False:
-            return compute(batch)
-        if self._works is None:
-            return self._try(batch, compute)
-        if key not in self._captured:
-            pool = next((graph.pool() for _, graph, _ in self._captured.values()), None)  # they run one at a time
-            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                losses = compute(batch)
-            self._captured[key] = batch, graph, losses
-        own, graph, losses = self._captured[key]
-        for name, value in vars(batch).items():
-            if isinstance(value, Tensor) and value is not getattr(own, name):
-                getattr(own, name).copy_(value)
-        graph.replay()
-        return losses.clone()
-
-    def _try(self, batch: Batch, compute: Callable[[Batch], Tensor]) -> Tensor:
-        """Compute, and see whether the model waits for the device, which a graph cannot hold."""
-        before, compiled = torch.cuda.get_sync_debug_mode(), dict(torch._dynamo.utils.counters["stats"])
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as found:
-                warnings.simplefilter("always")
-                losses = compute(batch)
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-        if compiled != dict(torch._dynamo.utils.counters["stats"]):  # compiling waits as well: look again next time
-            return losses
-        waits = [str(warning.message) for warning in found if "synchronizing CUDA" in str(warning.message)]
-        self._works = not waits
-        if waits:
-            warnings.warn(
-                f"No CUDA graphs, so steps are slower: the model waits for the device. {waits[0]}", stacklevel=2
-            )
-        return losses
-
-    def clear(self) -> None:
-        """Give their memory back."""
-        self._captured.clear()
-
-
-@contextmanager
-def _stream_of_its_own() -> Iterator[None]:
-    """Inside, work goes to a new stream, as the default one cannot be captured."""
-    outer, own = torch.cuda.current_stream(), torch.cuda.Stream()
-    own.wait_stream(outer)
-    with torch.cuda.stream(own):
-        yield
-    outer.wait_stream(own)
-
-
-@contextmanager
-def _compiled(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model's layers are compiled, each as one graph that all share."""
-    layers = [layer for _, layer in layers_with_sites(model)]
-    before = [layer._compiled_call_impl for layer in layers]
-    for layer in layers:
-        layer.compile()
-    try:
-        yield
-    finally:
-        for layer, call in zip(layers, before, strict=True):
-            layer._compiled_call_impl = call
-
-
-@contextmanager
-def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, a layer keeps its inputs for the backward pass, which computes it once more, and nothing between.
-
-    Transformers' own checkpointing works in training mode only, which would bring the model's dropout.
-    """
-    layers = [layer for _, layer in layers_with_sites(model)]
-    before = [layer._compiled_call_impl for layer in layers]
-    for layer, compiled in zip(layers, before, strict=True):
-        layer._compiled_call_impl = partial(_again, compiled or layer._call_impl, layer)
-    try:
-        yield
-    finally:
-        for layer, call in zip(layers, before, strict=True):
-            layer._compiled_call_impl = call
-
-
-def _again(call: Callable[..., Any], layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call the layer, now and once more in the backward pass; the same elements drop out, if any do."""
-    return checkpoint(call, *args, use_reentrant=False, preserve_rng_state=layer.training, **kwargs)
+def _to_host(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
+    """A copy on the host, and what waits for it, but not for what a GPU is given to do after it."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu(), lambda: None
+    copy, done = tensor.to("cpu", non_blocking=True), torch.cuda.Event()  # into pinned memory
+    done.record()
+    return copy, done.synchronize
 
 
 def _wants_compiling(config: TrainConfig, device: torch.device, sharded: bool) -> bool:
@@ -487,22 +399,6 @@ def _endless(lengths: Sequence[int], config: TrainConfig, first: int) -> Iterato
 def _parts(groups: Sequence[Sequence[Example]], count: int) -> list[list[Sequence[Example]]]:
     """The rows of each run in `count` parts of nearly equal size, without parts that are empty for all."""
     return [part for i in range(count) if any(part := [rows[i::count] for rows in groups])]
-
-
-@contextmanager
-def _dropout(model: PreTrainedModel, seed: str) -> Iterator[None]:
-    """Inside, the model drops out as it did when it was pretrained; what it counts about its inputs stays as it is."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
-    device = input_device(model)
-    try:
-        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-            torch.manual_seed(random.Random(seed).getrandbits(63))
-            yield
-    finally:
-        model.eval()
 
 
 @contextmanager

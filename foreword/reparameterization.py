@@ -138,11 +138,13 @@ class Reparameterization(nn.Module):
     def _split(self, vector: Float[Tensor, " N"]) -> list[SiteTensors]:
         tensors: dict[int, SiteTensors] = {}
         for kind, matrix in self._matrices(vector).items():
-            shapes = [shape for site in self._kinds[kind] for shape in self._shapes[site]]
+            shapes = [shape for site in self._kinds[kind] for shape in self._shapes[site] if shape is not None]
             # Split at once: each slice of its own would have a gradient as long as the whole, to be added up.
-            parts = iter(matrix.split([shape[1:].numel() for shape in shapes if shape is not None], 1))
-            entries = iter([None if shape is None else next(parts).unflatten(1, shape[1:]) for shape in shapes])
-            for site, key, value, gate in zip(self._kinds[kind], entries, entries, entries, strict=True):
+            parts = iter(matrix.split([shape[1:].numel() for shape in shapes], 1))
+            for site in self._kinds[kind]:
+                key, value, gate = [
+                    None if shape is None else next(parts).unflatten(1, shape[1:]) for shape in self._shapes[site]
+                ]
                 assert key is not None
                 assert value is not None
                 # Symmetric around zero, so that a gate that crosses it goes on learning; never zero, as its log is taken.

@@ -7,7 +7,7 @@ import sys
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -36,7 +36,7 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="Where to listen. Beyond this machine only with keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
-    precision: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, int8, int4 or fp8.")] = "auto",
+    precision: Annotated[Precision, typer.Option(help="Of the base.")] = "auto",
     device: Annotated[
         str | None, typer.Option(help="For example cpu or cuda:1.", show_default="the accelerator")
     ] = None,
@@ -98,7 +98,6 @@ def serve(
         "host_bytes": host_memory,
     }
     start = _start_vllm if engine == "vllm" else _start_ours
-    _precision(precision)
     with _bound(host, port) as listening:
         own = start(model, store, precision, device, trust_remote_code, tensor_parallel, shared, ours)
         try:
@@ -135,7 +134,7 @@ class _Started(NamedTuple):
 def _start_ours(
     model: str,
     store: Path,
-    precision: str,
+    precision: Precision,
     device: str | None,
     trust_remote_code: bool,
     tensor_parallel: int,
@@ -149,7 +148,7 @@ def _start_ours(
         raise ConfigError("--tensor-parallel belongs to --engine vllm.")
     limits = BatchLimits(**shared, **ours)
     with err.status(f"Loading {model}"):
-        base = load_base(model, precision=_precision(precision), device=device, trust_remote_code=trust_remote_code)
+        base = load_base(model, precision=precision, device=device, trust_remote_code=trust_remote_code)
     engine = BatchingEngine(base.model, limits)
     return _Started(engine, base.tokenizer, _stop_ids(base.model.generation_config, base.tokenizer))
 
@@ -157,7 +156,7 @@ def _start_ours(
 def _start_vllm(
     model: str,
     store: Path,
-    precision: str,
+    precision: Precision,
     device: str | None,
     trust_remote_code: bool,
     tensor_parallel: int,
@@ -253,12 +252,6 @@ def _quiet() -> None:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.INFO if name == "foreword" else logging.WARNING)
-
-
-def _precision(given: str) -> Any:
-    if given not in get_args(Precision):
-        raise ConfigError(f"--precision: got {given!r}, expected {', '.join(get_args(Precision))}.")
-    return given
 
 
 def _stop_ids(generation: Any, tokenizer: Any) -> frozenset[int]:

@@ -9,24 +9,14 @@ from typing import Any
 import yaml
 from rich.markup import escape
 
+from .config import SHARED
 from .console import err, human_bytes, is_first, out, table
 from .errors import ConfigError, ForewordError
 from .options import Options, check_names, read_options
 
 __all__ = ["keep_results", "read_sweep"]
 
-_SHARED = (
-    "model",
-    "precision",
-    "device",
-    "shard",
-    "trust_remote_code",
-    "task",
-    "micro_batches",
-    "tracker",
-    "compile",
-    "gradient_checkpointing",
-)
+_SHARED = ("model", "precision", "device", "shard", "trust_remote_code", *SHARED)
 
 
 def read_sweep(file: Path, config: Path | None, given: Mapping[str, Any]) -> list[Options]:

@@ -12,7 +12,7 @@ from accelerate.tracking import get_available_trackers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .anatomy import input_device, stacks, text_room
-from .config import PrefixConfig, TrainConfig
+from .config import SHARED, PrefixConfig, TrainConfig
 from .data import Data, Example, schedule
 from .errors import ConfigError, DataError
 from .heads import head_tensors
@@ -147,7 +147,7 @@ def train_many(
     if resume and overwrite:
         raise ConfigError("resume and overwrite contradict each other: go on with earlier runs, or delete them.")
     configs = [job.config or TrainConfig() for job in jobs]
-    for name in ("task", "micro_batches", "tracker", "compile", "gradient_checkpointing"):
+    for name in SHARED:
         if len(found := {getattr(config, name) for config in configs}) > 1:
             raise ConfigError(
                 f"Runs that are trained together share {name}, got {', '.join(map(repr, found))}. Train them apart."

@@ -12,7 +12,7 @@ from zoo import FAMILIES, inputs_of, make_model, named, said, tokens
 
 import foreword
 from foreword.initialization import random_prefix
-from foreword.loop import _checkpointed
+from foreword.passes import checkpointed
 
 warnings.simplefilter("ignore")
 
@@ -65,7 +65,7 @@ def checkpointed_layers(family: str) -> None:
     with foreword.attach(model, prefix):
         expected = pass_through(model, inputs, prefix)
         compile_layers(model)
-        with _checkpointed(model):
+        with checkpointed(model):
             torch.testing.assert_close(pass_through(model, inputs, prefix), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -55,7 +55,7 @@ def test_keys_are_made_shown_once_and_removed(run, store):
     ("options", "told"),
     [
         (["--host", "0.0.0.0"], "there are no API keys. Make one first: foreword keys add"),
-        (["--precision", "float12"], "expected auto, float32"),
+        (["--precision", "float12"], "'float12' is not one of"),
         (["--model", "nosuch/model"], "Cannot load the model"),
     ],
 )

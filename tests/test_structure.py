@@ -35,6 +35,7 @@ LEVELS = [
         "attachment",
         "composition",
         "initialization",
+        "passes",
         "processes",
         "responses",
         "service",
