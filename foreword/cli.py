@@ -4,6 +4,7 @@ Results go to stdout, everything else to stderr. Exit codes: 0, 1 for a failure,
 """
 
 import json
+import logging
 import os
 import sys
 from functools import partial
@@ -420,6 +421,8 @@ def _common_base(prefixes: "dict[str, Prefix | None]") -> str:
 
 def main() -> None:
     """Run the command; a user's mistake ends in one message, never in a traceback."""
+    for name in ("torchao", "torch.utils._pytree"):  # Transformers imports torchao where it is installed, which talks a lot
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         if (started := os.environ.get("WORLD_SIZE", "1")) != "1" and sys.argv[1:2] != ["train"]:
             raise ConfigError(f"{started} processes were started, but only foreword train shares its work. Start one.")
