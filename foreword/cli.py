@@ -421,7 +421,8 @@ def _common_base(prefixes: "dict[str, Prefix | None]") -> str:
 
 def main() -> None:
     """Run the command; a user's mistake ends in one message, never in a traceback."""
-    for name in ("torchao", "torch.utils._pytree"):  # Transformers imports torchao where it is installed, which talks a lot
+    # Transformers imports torchao where it is installed, and that talks a lot.
+    for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         if (started := os.environ.get("WORLD_SIZE", "1")) != "1" and sys.argv[1:2] != ["train"]:
