@@ -58,13 +58,14 @@ def _figures(report: dict[str, Any], runs: Sequence[dict[str, Any]]) -> list[str
 def _costs(runs: Sequence[dict[str, Any]]) -> list[str]:
     first, trains = runs[0], bool(runs[0]["steps"])
     peaks = [run["peak_bytes"] for run in runs if run["peak_bytes"] is not None]
+    speeds = [run["tokens_per_second"] for run in runs if run["tokens_per_second"]]  # none where too few steps were made
     return [
         f"{first['trained']:,}" if trains else "-",
         f"{first['percent']:.3g} %" if trains else "-",
         _bytes(first["bytes"]) if first["bytes"] else "-",
         _bytes(statistics.mean(peaks)) if peaks else "-",
         f"{statistics.mean(run['seconds'] for run in runs):,.0f} s" if trains else "-",
-        f"{statistics.mean(run['tokens_per_second'] for run in runs):,.0f}" if trains else "-",
+        f"{statistics.mean(speeds):,.0f}" if speeds else "-",
         f"{first['learning_rate']:g}" if first["learning_rate"] else "-",
     ]
 
