@@ -58,7 +58,7 @@ def _figures(report: dict[str, Any], runs: Sequence[dict[str, Any]]) -> list[str
 def _costs(runs: Sequence[dict[str, Any]]) -> list[str]:
     first, trains = runs[0], bool(runs[0]["steps"])
     peaks = [run["peak_bytes"] for run in runs if run["peak_bytes"] is not None]
-    speeds = [run["tokens_per_second"] for run in runs if run["tokens_per_second"]]  # none where too few steps were made
+    speeds = [run["tokens_per_second"] for run in runs if run["tokens_per_second"]]
     return [
         f"{first['trained']:,}" if trains else "-",
         f"{first['percent']:.3g} %" if trains else "-",
