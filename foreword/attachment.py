@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -120,6 +121,22 @@ class _Assigned(NamedTuple):
     batch: int  # B
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Which prefix each row of a batch sees. Made by `Attachment.use`, which takes it again later.
+
+    What it once put on the device stays there with it, so a CUDA graph that was captured while it was in use can be replayed
+    for as long as the choice is kept.
+    """
+
+    sources: list[PrefixSource]
+    owners: list[int]  # for each row the number of its source, or -1
+    shared: bool  # one prefix for all rows, however many
+    head_source: PrefixSource | None
+    # By the size of a batch, and where it is.
+    assigned: dict[tuple[int, torch.device], _Assigned] = field(default_factory=dict)
+
+
 class Attachment:
     """The tie between a model and its prefixes. Made by `attach`."""
 
@@ -127,11 +144,10 @@ class Attachment:
         self.model = model
         self._stacks = stacks(model)
         self._sites = {site.name: site for stack in self._stacks for site in stack.sites}
-        self._assigned: dict[tuple[int, torch.device], _Assigned] = {}  # by the size of the batch, and where it is
         self._laid_out: dict[str, Any] = {}  # by stack, what its sites were told last
         self._checked: WeakSet[Any] = WeakSet()  # not their ids, which are used again once a prefix is gone
         self._own_head: dict[str, nn.Parameter] = {}  # what the prefix's head stands in for
-        self._choose(prefix)
+        self._choice = self._choose(prefix)
         modules = {model.get_submodule(name): name for name in self._sites}
         self._modules = {name: module for module, name in modules.items()}
         undo = install(model, dict.fromkeys(modules, self._attend))
@@ -152,31 +168,34 @@ class Attachment:
         self._undo: Callable[[], None] | None = undo_all
         self._lend()
 
-    def use(self, prefix: PrefixSource | Sequence[PrefixSource | None]) -> None:
-        """From the next forward pass on, see this prefix, or these: one prefix or `None` for each row."""
-        self._choose(prefix)
-        self._lend()
+    def use(self, prefix: "PrefixSource | Sequence[PrefixSource | None] | Choice") -> Choice:
+        """From the next forward pass on, see this prefix, or these: one prefix or `None` for each row.
 
-    def _choose(self, prefix: PrefixSource | Sequence[PrefixSource | None]) -> None:
+        Returns:
+            What was chosen. Given to `use` again, it saves making it anew.
+        """
+        self._choice = prefix if isinstance(prefix, Choice) else self._choose(prefix)
+        self._laid_out.clear()
+        self._lend()
+        return self._choice
+
+    def _choose(self, prefix: PrefixSource | Sequence[PrefixSource | None]) -> Choice:
         rows = list(prefix) if isinstance(prefix, Sequence) else [prefix]
         if not rows:
             raise ConfigError("An empty list of prefixes: expected one prefix or None for each row of the batch.")
-        self._sources = list({id(source): source for source in rows if source is not None}.values())
-        for source in self._sources:
+        sources = list({id(source): source for source in rows if source is not None}.values())
+        for source in sources:
             self._check(source)
-        number = {id(source): i for i, source in enumerate(self._sources)}
-        self._rows = [-1 if source is None else number[id(source)] for source in rows]
-        self._shared = not isinstance(prefix, Sequence)
-        self._assigned.clear()
-        self._laid_out.clear()
-        self._head_source = _head_source(rows)
+        number = {id(source): i for i, source in enumerate(sources)}
+        owners = [-1 if source is None else number[id(source)] for source in rows]
+        return Choice(sources, owners, not isinstance(prefix, Sequence), _head_source(rows))
 
     def detach(self) -> None:
         """Make the model itself again. May be called twice."""
         if self._undo is not None:
             self._undo()
             self._undo = None
-            self._head_source, self._shared = None, False
+            self._choice = Choice([], [-1], False, None)
             self._lend()
 
     def __enter__(self) -> "Attachment":
@@ -211,13 +230,13 @@ class Attachment:
     def _lend(self) -> None:
         """Make the prefix that all rows share a part of the model, for trainers and wrappers to find, and its head."""
         self.model._modules.pop(LENT, None)
-        if self._shared and isinstance(source := self._sources[0], nn.Module):
+        if self._choice.shared and isinstance(source := self._choice.sources[0], nn.Module):
             self.model.add_module(LENT, source)
         self._lend_head()
 
     def _lend_head(self) -> None:
         """Put the chosen prefix's head in the place of the model's own, or put the model's own back."""
-        head = {} if self._head_source is None else self._head_source.head or {}
+        head = {} if self._choice.head_source is None else self._choice.head_source.head or {}
         for name in {**self._own_head, **head}:
             owner, _, attribute = name.rpartition(".")
             slots: dict[str, Any] = self.model.get_submodule(owner)._parameters
@@ -232,13 +251,13 @@ class Attachment:
         wanted = [given.get("input_ids"), given.get("inputs_embeds"), *given.values()]
         tokens = next(value for value in wanted if isinstance(value, Tensor))  # or patches, or frames
         batch, length = tokens.shape[:2]
-        rows = None if self._shared else self._rows_of(batch, tokens.device)
+        rows = None if self._choice.shared else self._rows_of(batch, tokens.device)
         self._lay_out(stack, rows)
-        if self._head_source is not None:  # it may have been trained since, and stand in the model in another precision
+        if self._choice.head_source is not None:  # it may have been trained since, or its precision changed
             self._lend_head()
         if not stack.takes_positions:
             return args, kwargs
-        offsets = [source.position_offset for source in self._sources]
+        offsets = [source.position_offset for source in self._choice.sources]
         offset = offsets[0] if rows is None else rows.offsets[:, None]
         positions = given.get("position_ids")
         # No token stands further behind than there are tokens; only positions from elsewhere have to be looked at.
@@ -261,17 +280,18 @@ class Attachment:
 
     def _rows_of(self, batch: int, device: torch.device) -> "_Assigned":
         """Which row of the batch sees which prefix; made once for each size of batch."""
-        if batch % len(self._rows):
+        if batch % len(self._choice.owners):
             raise ConfigError(
-                f"{len(self._rows)} prefixes for a batch of {batch} rows: give one prefix or None for each row "
+                f"{len(self._choice.owners)} prefixes for a batch of {batch} rows: give one prefix or None for each row "
                 "(generate with k beams or return sequences repeats each entry k times)."
             )
-        if (batch, device) not in self._assigned:
-            owners = [owner for owner in self._rows for _ in range(batch // len(self._rows))]
-            offsets = [0 if owner < 0 else self._sources[owner].position_offset for owner in owners]
-            rows = assign(owners, device) if self._sources else None
-            self._assigned[batch, device] = _Assigned(rows, torch.tensor(offsets, device=device), batch)
-        return self._assigned[batch, device]
+        choice = self._choice
+        if (batch, device) not in choice.assigned:
+            owners = [owner for owner in choice.owners for _ in range(batch // len(choice.owners))]
+            offsets = [0 if owner < 0 else choice.sources[owner].position_offset for owner in owners]
+            rows = assign(owners, device) if choice.sources else None
+            choice.assigned[batch, device] = _Assigned(rows, torch.tensor(offsets, device=device), batch)
+        return choice.assigned[batch, device]
 
     def _lay_out(self, stack: Stack, rows: "_Assigned | None") -> None:
         """Tell each site of the stack which prefixes its queries see."""
@@ -281,7 +301,7 @@ class Attachment:
         if version is not None and self._laid_out.get(stack.name) == (version, rows and rows.batch):
             return
         own = {site.name: dict[int, Any]() for site in stack.sites}
-        for number, source in enumerate(self._sources):
+        for number, source in enumerate(self._choice.sources):
             for site, (key, value, gate) in zip(source.sites, source.tensors(), strict=True):
                 if site.name in own:
                     own[site.name][number] = key, value, None if gate is None else gate.log()
@@ -290,14 +310,14 @@ class Attachment:
             if found:  # of a prefix without this site, no virtual tokens
                 key, value, _ = next(iter(found.values()))
                 none = key[:0], value[:0], None
-                entries = [found.get(number, none) for number in range(len(self._sources))]
+                entries = [found.get(number, none) for number in range(len(self._choice.sources))]
                 prefixes = stack_prefixes(entries, rows and rows.rows)
             self._modules[name].__dict__[_SEEN] = _Seen(prefixes, rows and rows.batch, differentiates, {})
         self._laid_out[stack.name] = (version, rows and rows.batch)
 
     def _version(self) -> tuple[Any, ...] | None:
         """Changes when a prefix is written into; `None` where that cannot be told."""
-        tensors = [t for s in self._sources for t in (s.parameters() if isinstance(s, nn.Module) else [None])]
+        tensors = [t for s in self._choice.sources for t in (s.parameters() if isinstance(s, nn.Module) else [None])]
         if any(tensor is None or tensor.is_inference() for tensor in tensors):
             return None
         return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors if tensor is not None)

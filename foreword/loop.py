@@ -25,7 +25,7 @@ from torch.autograd.graph import increment_version
 from transformers import PreTrainedModel
 
 from .anatomy import input_device
-from .attachment import Attachment, attach, can_pack
+from .attachment import Attachment, Choice, attach, can_pack
 from .config import TrainConfig
 from .data import Batch, Example, schedule
 from .errors import ConfigError
@@ -224,6 +224,7 @@ class Trainer:
     def __enter__(self) -> "Trainer":
         self.attachment = attach(self.model, self.runs[0].prefix)
         self.seen: Any = (id(self.runs[0]),), ()
+        self.choices: dict[Any, Choice] = {}
         self.last_report = time.perf_counter()
         if self.graphs is not None:
             self.inside.enter_context(stream_of_its_own())
@@ -240,6 +241,7 @@ class Trainer:
         self.attachment = None
         if self.graphs is not None:
             self.graphs.clear()
+        self.choices.clear()
         self.inside.close()
 
     def step(self, active: list[Run], stop: bool = False) -> _Step:
@@ -303,9 +305,11 @@ class Trainer:
         assert self.attachment is not None
         owners = batch.owners if isinstance(batch, Batch) and len(active) > 1 else ()
         seen = tuple(map(id, active)), owners
-        if seen != self.seen:
-            self.attachment.use([active[owner].prefix for owner in owners] if owners else active[0].prefix)
-            self.seen = seen
+        if seen == self.seen:
+            return
+        own = [active[owner].prefix for owner in owners] if owners else active[0].prefix
+        self.choices[seen] = self.attachment.use(self.choices.get(seen, own))  # kept, as graphs read from it
+        self.seen = seen
 
     def _check_gradient(self, active: list[Run]) -> None:
         """Kernels made for inference may let no gradient through and say nothing."""

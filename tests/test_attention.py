@@ -185,6 +185,19 @@ def test_mixed_rows_equal_each_row_alone(model, exact):
     torch.testing.assert_close(mixed[0], logits(model, ids[:1])[0], **exact)
 
 
+def test_choice_is_used_again_with_what_it_put_on_the_device(model):
+    """Which a captured CUDA graph goes on reading."""
+    ids, prefix = tokens(2, 7), random(model, 3)
+    with attach(model, prefix) as attachment:
+        mixed = attachment.use([prefix, None])
+        expected, before = logits(model, ids), list(map(id, mixed.assigned.values()))
+        attachment.use(prefix)
+        logits(model, ids)
+        attachment.use(mixed)
+        assert torch.equal(logits(model, ids), expected)
+        assert list(map(id, mixed.assigned.values())) == before != []
+
+
 def test_mixed_rows_get_the_gradients_of_each_row_alone(model, exact):
     ids, three, five = tokens(3, 7), random(model, 3), random(model, 5, seed=1)
 

@@ -207,8 +207,13 @@ def test_base_that_lets_no_gradient_through_is_an_error(task, tokenizer):
         train(model, tokenizer, rows, SMALL, TrainConfig(task=task, steps=2, held_out_fraction=0.0))
 
 
-def test_runs_that_share_batches_are_those_of_each_alone(llama, tokenizer):
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_runs_that_share_batches_are_those_of_each_alone(device, llama, tokenizer):
     """Of other lengths, seeds, learning rates and ends, with a queue."""
+    llama.to(device)
     examples, _ = encode(read_rows(ROWS)[0], tokenizer, tokenizer.chat_template, 256)
 
     def runs() -> list[Run]:
@@ -217,7 +222,7 @@ def test_runs_that_share_batches_are_those_of_each_alone(llama, tokenizer):
             config = TrainConfig(steps=steps, seed=number, learning_rate=0.1 / (1 + number), evaluate_every=3)
             start = random_prefix(llama, length, seed=number)
             own = Reparameterization(start, PrefixConfig(length, initialization="random"))
-            made.append(Run(own, config, examples[number:], examples[:5]))
+            made.append(Run(own.to(device), config, examples[number:], examples[:5]))
         return made
 
     def losses(run: Run) -> list[tuple[float, float | None]]:
@@ -228,9 +233,9 @@ def test_runs_that_share_batches_are_those_of_each_alone(llama, tokenizer):
     together, alone = runs(), runs()
     found, expected = [losses(run) for run in together], [losses(run) for run in alone]
     llama.requires_grad_(False)
-    Trainer(llama, TASKS["completion"], together, Accelerator(cpu=True), at_once=2).run()
+    Trainer(llama, TASKS["completion"], together, Accelerator(cpu=device == "cpu"), at_once=2).run()
     for run in alone:
-        Trainer(llama, TASKS["completion"], [run], Accelerator(cpu=True)).run()
+        Trainer(llama, TASKS["completion"], [run], Accelerator(cpu=device == "cpu")).run()
     for mine, theirs, one, other in zip(found, expected, together, alone, strict=True):
         assert len(mine) == one.config.steps
         for (loss, held_out), (right, right_held_out) in zip(mine, theirs, strict=True):
