@@ -329,10 +329,10 @@ class Attachment:
                 f"{type(self.model).__name__} attends in {self._name(call)} over a batch of {len(query)}, which does not "
                 f"tell its {seen.rows} rows apart, so they cannot see different prefixes there. Attach one for all rows."
             )
-        prefixes = seen.prefixes
-        if prefixes is None:
+        prefixes, longest = seen.prefixes, options.get("max_length_q")  # Transformers' name, of packed documents
+        if prefixes is None and (longest is None or call.implementation != "sdpa"):  # which would see all documents
             return call.run()
-        if seen.differentiates and not torch.is_grad_enabled() and prefixes.key.requires_grad:
+        if prefixes is not None and seen.differentiates and not torch.is_grad_enabled() and prefixes.key.requires_grad:
             raise ConfigError(
                 f"{self._name(call)} runs without gradients inside a forward pass that has them, so the prefix would not be trained. "
                 "Re-entrant checkpointing does that: switch it on with 'use_reentrant': False."
@@ -345,10 +345,11 @@ class Attachment:
             precision = torch.get_autocast_dtype(query.device.type)  # the attention that ours stands for is cast to it
             tokens = tuple(tensor.to(precision) for tensor in tokens)
         query, own_key, own_value = tokens
-        prefixes = seen.like(query, own_value)
+        prefixes = None if prefixes is None else seen.like(query, own_value)
         scale = options.get("scaling") or query.shape[-1] ** -0.5
-        if (longest := options.get("max_length_q")) is not None:  # Transformers' names for packed documents
+        if longest is not None:
             return self._attend_inside_documents(call, query, own_key, own_value, prefixes, scale, longest), None
+        assert prefixes is not None
         if plain and has_token_kernel(query, own_value, call.mask):
             output = merged_attention(
                 query, own_key, own_value, prefixes, scale=scale, mask=call.mask, is_causal=call.is_causal
@@ -368,7 +369,7 @@ class Attachment:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        prefixes: Prefixes,
+        prefixes: Prefixes | None,
         scale: float,
         longest: int,
     ) -> Tensor:

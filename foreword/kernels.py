@@ -17,7 +17,7 @@ G key/value heads, D and E key and value head dimensions.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -158,7 +158,7 @@ def merged_attention(
     query: Float[Tensor, "B H T D"],
     key: Float[Tensor, "B G S D"],
     value: Float[Tensor, "B G S E"],
-    prefixes: Prefixes,
+    prefixes: Prefixes | None,
     *,
     scale: float,
     mask: Bool[Tensor, "#B #H T S"] | Float[Tensor, "#B #H T S"] | None = None,
@@ -168,7 +168,7 @@ def merged_attention(
 ) -> Float[Tensor, "B H T E"]:
     """softmax([query @ prefix_key + bias; query @ key + mask]) @ [prefix_value; value], exactly, without concatenating.
 
-    Prefixes are dense and unmasked. `is_causal` needs as many queries as keys and no `mask`. With `packing` attention is
+    Prefixes are dense and unmasked; `None` leaves tokens alone. `is_causal` needs as many queries as keys and no `mask`. With `packing` attention is
     causal inside each document, at most `window` tokens back. Needs `has_token_kernel(query, value, mask)`.
     """
     assert not is_causal or (mask is None and query.shape[2] == key.shape[2]), "causal attention must be square"
@@ -177,6 +177,8 @@ def merged_attention(
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, -torch.inf)
     how = Tokens(mask, is_causal, scale, packing, window)
+    if prefixes is None:
+        return _Merged.apply(query, key, value, how, None, None, None, None)
     return _Merged.apply(query, key, value, how, prefixes.rows, prefixes.key, prefixes.value, prefixes.bias)
 
 
@@ -186,7 +188,9 @@ class _Merged(torch.autograd.Function):
         prefixes = Prefixes(prefix_key, prefix_value, bias, rows)
         output, lse, context = token_kernel(query, how).forward(query, key, value, how)
         lse, part_context = lse.to(lse_dtype(query)), ()
-        if _has_kernel_of_our_own(query, prefixes):
+        if prefix_key is None:
+            merged, total = output, lse
+        elif _has_kernel_of_our_own(query, prefixes):
             from . import triton_kernels
 
             owner = None if rows is None else rows.owner
@@ -214,7 +218,10 @@ class _Merged(torch.autograd.Function):
             grad_query, grad_key, grad_value = token_kernel(query, ctx.how).backward(*saved, ctx.how, ctx.context)
         else:  # the first layer: nothing before it is trained
             grad_query, grad_key, grad_value = torch.zeros_like(query), None, None
-        if _has_kernel_of_our_own(query, prefixes):
+        part_grads: Any = (None, None, None)
+        if prefix_key is None:
+            pass
+        elif _has_kernel_of_our_own(query, prefixes):
             from . import triton_kernels
 
             owner, groups = (None, None) if ctx.rows is None else ctx.rows[:2]

@@ -207,6 +207,33 @@ def test_base_that_lets_no_gradient_through_is_an_error(task, tokenizer):
         train(model, tokenizer, rows, SMALL, TrainConfig(task=task, steps=2, held_out_fraction=0.0))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("layers", [1, None])
+def test_batch_without_a_mask_is_causal_in_every_layer(layers, packed, llama, tokenizer):
+    """With a prefix or without one. Rows of one length, and on a GPU rows end to end too."""
+    gpu = torch.cuda.is_available()
+    if packed and not gpu:
+        pytest.skip("packed rows need a GPU")
+    device, precision, near = ("cuda", torch.bfloat16, 0.1) if gpu else ("cpu", torch.float32, 1e-4)
+    examples, _ = encode(read_rows(ROWS)[0], tokenizer, tokenizer.chat_template, 256)
+    model = llama.to(device, precision)
+    rows = [replace(example, input_ids=example.input_ids[: 40 + packed * i]) for i, example in enumerate(examples[:3])]
+    whole = random_prefix(llama, 4)
+    prefix = foreword.Prefix(whole.sites[:layers], whole.tensors()[:layers], position_offset=4).to(device)
+    seen: list[tuple[float, list[torch.Tensor]]] = []
+    for maskless in (False, True):
+        prefix.zero_grad()
+        batch = collate([rows], packed and maskless, maskless).to(torch.device(device))
+        with attach(model, prefix):
+            loss = completion_loss(model, batch).sum()
+            loss.backward()
+        seen.append((loss.item(), [parameter.grad for parameter in prefix.parameters()]))
+    (loss, gradients), (other, others) = seen
+    assert other == pytest.approx(loss, rel=near)
+    for one, two in zip(gradients, others, strict=True):
+        assert (one - two).norm() < near * one.norm()
+
+
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
 
 
