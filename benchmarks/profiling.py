@@ -10,8 +10,8 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
 
 KERNELS = {  # what a kernel's name holds
+    "attention of tokens": r"flash|fmha|sdpa|cudnn",  # before products: its names hold cutlass too
     "products": r"gemm|nvjet|cutlass|xmma|splitK",
-    "attention of tokens": r"flash|fmha|sdpa|cudnn",
     "attention with prefixes": r"^_(forward|query_backward|prefix_backward)",
     "loss": r"cross_entropy",
     "compiled element-wise": r"^triton_",
