@@ -50,7 +50,7 @@ def alone(model: Any, asked: Sequence[Asked]) -> list[list[int]]:
     found = []
     for prompt, more in asked:
         ids = torch.tensor([prompt])
-        settings = GenerationConfig(max_new_tokens=more, min_new_tokens=more, do_sample=False, pad_token_id=0)
+        settings = GenerationConfig(max_new_tokens=more, do_sample=False, eos_token_id=-1, pad_token_id=0)
         with torch.inference_mode():
             out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
         found.append(out[0, len(prompt) :].tolist())
