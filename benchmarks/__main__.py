@@ -264,7 +264,7 @@ def measure(
             synchronize()
             seconds[name].append(time.perf_counter() - began)
     turn = itertools.cycle(batches)
-    seen = profile(lambda: chosen["foreword"].step(next(turn)), len(batches)) if profiled and gpu else None
+    seen = profile(lambda: chosen["foreword"].step(next(turn)), len(batches)) if profiled else None
     for method in chosen.values():
         method.close()
     speed = product_speed(case.precision, source.device)
@@ -325,7 +325,7 @@ def show(report: dict[str, Any]) -> None:
     if seen := report.get("kernels"):
         print(f"\nForeword's step, profiled, {seen['ms']} ms:")
         for name, (ms, count) in seen["groups"].items():
-            print(f"{ms:8.2f} ms {count:6} kernels  {name}")
+            print(f"{ms:8.2f} ms {count:6}  {name}")
         for name, ms, count in seen["longest"]:
             print(f"{ms:8.3f} ms {count:6.1f}  {name}", flush=True)
 
@@ -366,7 +366,7 @@ def main() -> None:
         "--warm", type=int, default=2, metavar="N", help="steps before the first round, for compiling and capturing"
     )
     parser.add_argument("--compile", action="store_true", help="compile the layers, as `foreword train --compile` does")
-    parser.add_argument("--kernels", action="store_true", help="also what the GPU does in a step of Foreword's")
+    parser.add_argument("--kernels", action="store_true", help="also what a step of Foreword's spends its time on")
     parser.add_argument("--out", type=Path, help="a folder for the figures as JSON and their plot")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
