@@ -23,7 +23,7 @@ from .kernels import stack as stack_prefixes
 from .prefix import AttentionSite, Prefix, SiteTensors
 from .token_kernels import Packing, has_token_kernel
 
-__all__ = ["Attachment", "PrefixSource", "attach", "can_pack", "packed_inputs"]
+__all__ = ["Attachment", "Choice", "PrefixSource", "attach", "can_pack", "packed_inputs"]
 
 
 @runtime_checkable
