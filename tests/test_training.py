@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import HEAD_ROWS, ROWS, Largest
+from tiny import HEAD_ROWS, ROWS, Largest, gradients_of
 from torch.nn.functional import cross_entropy
 from zoo import make_model
 
@@ -227,7 +227,7 @@ def test_batch_without_a_mask_is_causal_in_every_layer(layers, packed, llama, to
         with attach(model, prefix):
             loss = completion_loss(model, batch).sum()
             loss.backward()
-        seen.append((loss.item(), [parameter.grad for parameter in prefix.parameters()]))
+        seen.append((float(loss.detach()), gradients_of(prefix)))
     (loss, gradients), (other, others) = seen
     assert other == pytest.approx(loss, rel=near)
     for one, two in zip(gradients, others, strict=True):
