@@ -14,12 +14,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .anatomy import input_device
-from .attachment import attach, can_pack, packed_inputs
+from .attachment import attach
 from .data import IGNORED, Batch, Example, Row, completion_row, prompt_ids
 from .data import collate as gather
 from .data import encode as encode_completions
 from .losses import cross_entropy, head_cross_entropy, is_plain_head
 from .metrics import TEXT_METRICS, text_figures
+from .packing import can_pack, packed_inputs
 from .prefix import Prefix
 
 __all__ = [

@@ -25,10 +25,11 @@ from torch.autograd.graph import increment_version
 from transformers import PreTrainedModel
 
 from .anatomy import input_device
-from .attachment import Attachment, Choice, attach, can_pack
+from .attachment import Attachment, Choice, attach
 from .config import TrainConfig
 from .data import Batch, Example, schedule
 from .errors import ConfigError
+from .packing import can_pack
 from .passes import Graphs, checkpointed, compiled, dropout, stream_of_its_own
 from .prefix import Prefix
 from .processes import add_up, is_sharded

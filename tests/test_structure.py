@@ -42,6 +42,7 @@ LEVELS = [
         "vllm_connector",
         "vllm_engine",
     ],
+    ["packing"],
     ["baselines", "batching", "completion", "encoding", "gateway", "llamacpp_format", "peft_format"],
     ["classification", "question_answering", "token_classification"],
     ["tasks"],
