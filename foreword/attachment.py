@@ -168,7 +168,7 @@ class Attachment:
         self._undo: Callable[[], None] | None = undo_all
         self._lend()
 
-    def use(self, prefix: "PrefixSource | Sequence[PrefixSource | None] | Choice") -> Choice:
+    def use(self, prefix: PrefixSource | Sequence[PrefixSource | None] | Choice) -> Choice:
         """From the next forward pass on, see this prefix, or these: one prefix or `None` for each row.
 
         Returns:
@@ -330,7 +330,7 @@ class Attachment:
                 f"tell its {seen.rows} rows apart, so they cannot see different prefixes there. Attach one for all rows."
             )
         prefixes, longest = seen.prefixes, options.get("max_length_q")  # Transformers' name, of packed documents
-        if prefixes is None and (longest is None or call.implementation != "sdpa"):  # which would see all documents
+        if prefixes is None and (longest is None or call.implementation != "sdpa"):  # sdpa knows of no documents
             return call.run()
         if prefixes is not None and seen.differentiates and not torch.is_grad_enabled() and prefixes.key.requires_grad:
             raise ConfigError(

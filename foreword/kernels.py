@@ -17,7 +17,7 @@ G key/value heads, D and E key and value head dimensions.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -168,8 +168,9 @@ def merged_attention(
 ) -> Float[Tensor, "B H T E"]:
     """softmax([query @ prefix_key + bias; query @ key + mask]) @ [prefix_value; value], exactly, without concatenating.
 
-    Prefixes are dense and unmasked; `None` leaves tokens alone. `is_causal` needs as many queries as keys and no `mask`. With `packing` attention is
-    causal inside each document, at most `window` tokens back. Needs `has_token_kernel(query, value, mask)`.
+    Prefixes are dense and unmasked; with `None` tokens see each other alone. `is_causal` needs as many queries as keys and no
+    `mask`. With `packing` attention is causal inside each document, at most `window` tokens back. Needs
+    `has_token_kernel(query, value, mask)`.
     """
     assert not is_causal or (mask is None and query.shape[2] == key.shape[2]), "causal attention must be square"
     assert packing is None or mask is None, "packed documents have no mask"
@@ -177,9 +178,8 @@ def merged_attention(
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, -torch.inf)
     how = Tokens(mask, is_causal, scale, packing, window)
-    if prefixes is None:
-        return _Merged.apply(query, key, value, how, None, None, None, None)
-    return _Merged.apply(query, key, value, how, prefixes.rows, prefixes.key, prefixes.value, prefixes.bias)
+    part = (None,) * 4 if prefixes is None else (prefixes.rows, prefixes.key, prefixes.value, prefixes.bias)
+    return _Merged.apply(query, key, value, how, *part)
 
 
 class _Merged(torch.autograd.Function):
@@ -218,10 +218,9 @@ class _Merged(torch.autograd.Function):
             grad_query, grad_key, grad_value = token_kernel(query, ctx.how).backward(*saved, ctx.how, ctx.context)
         else:  # the first layer: nothing before it is trained
             grad_query, grad_key, grad_value = torch.zeros_like(query), None, None
-        part_grads: Any = (None, None, None)
         if prefix_key is None:
-            pass
-        elif _has_kernel_of_our_own(query, prefixes):
+            return grad_query, grad_key, grad_value, *(None,) * 5
+        if _has_kernel_of_our_own(query, prefixes):
             from . import triton_kernels
 
             owner, groups = (None, None) if ctx.rows is None else ctx.rows[:2]
