@@ -4,11 +4,14 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: more threads only wait for each other
-os.environ["TRITON_INTERPRET"] = "1"  # kernels for GPUs run in Python; read when they are defined
 
 from contextlib import suppress
 
+import torch
 from jaxtyping import install_import_hook
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels for GPUs run in Python; read when they are defined
 
 with suppress(ImportError):  # Triton reads its kernels' sources, so no checks are put into them
     import foreword.triton_kernels  # noqa: F401
