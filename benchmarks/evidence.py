@@ -40,6 +40,7 @@ class Cell:
     batch: int = 64
     tries: int = 3
     beams: int = 5
+    averaging: float = 0.0
     model: str = "smollm2"
     metrics: tuple[str, ...] = ("bleu", "nist", "rouge_l")
 
@@ -72,6 +73,11 @@ def _plans() -> dict[str, list[Cell]]:
     return {
         "e2e": [Cell("e2e", "e2e", method, seeds=1 if method == "base" else 3) for method in _ALL],
         "low-data": [Cell("low-data", "e2e", m, rows, **few) for rows in (50, 500, 100, 200) for m in _FEW],
+        "few-averaged": [
+            Cell("few-averaged", "e2e", m, rows, averaging=0.95, **few)
+            for rows in (50, 500, 100, 200)
+            for m in ("prefix:16", "prefix:58", "full")
+        ],
         "webnlg": [Cell("webnlg", "webnlg", m, steps=560) for m in ("full", "prefix:58", "lora:8", "prompt:20", "adapter:58")],
         "labels": [Cell(d, d, m, **labels) for d in ("sst2", "rte") for m in ("full", "prefix:16", "lora:8", "prompt:20")],
         "gemma": [Cell("gemma", "e2e", m, **gemma, **few) for m in (*_FEW, "lora:8", "peft-prefix:16", "base")],
@@ -119,7 +125,9 @@ def _bench(cell: Cell, model: str, folder: Path, seed: int, test_rows: int | Non
     held_out = draw(valid, min(len(valid), 512 if cell.rows is None else round(0.3 * cell.rows)), seed)
     every = max(1, min(25, cell.steps // 10))
     # The best step is kept, but nothing stops early: every method gets all of its steps.
-    config = TrainConfig(steps=cell.steps, batch_size=cell.batch, evaluate_every=every, patience=10**6)
+    config = TrainConfig(
+        steps=cell.steps, batch_size=cell.batch, evaluate_every=every, patience=10**6, averaging=cell.averaging
+    )
     return Bench(
         _base(model), held_out, test[:test_rows], config, cell.tries, cell.tuning_steps, cell.metrics, cell.beams,
         max_new_tokens=80, answer_batch=128 if cell.beams > 1 else 512,

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from .adapters import adapted, make_adapters
 from .anatomy import attention_sites, input_device, stacks
+from .averaging import Average
 from .config import TrainConfig
 from .data import IGNORED, Example, collate, schedule
 from .errors import ConfigError
@@ -192,6 +193,7 @@ def fit(
     fused = device.type in ("cpu", "cuda")  # without temporary copies of everything
     optimizer = torch.optim.AdamW(masters, lr=config.learning_rate, weight_decay=0.0, fused=fused)
     state = [master.detach().clone() for master in masters]
+    average = Average(masters, config.averaging)
     best, best_step, curve, waited = math.inf, 0, list[tuple[int, float]](), 0
     seconds, tokens, began, step = 0.0, 0, time.perf_counter(), 0
     with StepMemory(device) as memory:
@@ -202,18 +204,23 @@ def fit(
                 if part:
                     (_loss(subject.model, part, subject.skipped) / units).backward()
             _update(subject.parameters, masters, optimizer)
+            average.add(step)
             tokens += sum(len(example.input_ids) for example in batch)
             if watch and step <= 2:
                 memory()
             if step % config.evaluate_every == 0 or step == config.steps:
                 synchronize(device)
                 seconds += time.perf_counter() - began
-                loss = held_out_loss(subject.model, held_out, config.batch_size, subject.skipped)
+                with average.shown():
+                    restore(subject, masters)
+                    loss = held_out_loss(subject.model, held_out, config.batch_size, subject.skipped)
+                    if loss < best:
+                        _copy_all(state, [master.detach() for master in masters])
+                restore(subject, masters)
                 curve.append((step, loss))
                 waited += 1
                 if loss < best:
                     best, best_step, waited = loss, step, 0
-                    _copy_all(state, [master.detach() for master in masters])
                 began = time.perf_counter()
                 if waited >= config.patience or not math.isfinite(loss):
                     break
@@ -223,7 +230,7 @@ def fit(
     weights = {
         id(t): t.numel() * t.element_size() for t in (*subject.model.parameters(), *masters, *subject.parameters)
     }
-    held = sum(weights.values()) + 2 * 4 * trained
+    held = sum(weights.values()) + (3 if average.values else 2) * 4 * trained
     peak = None if memory.peak is None else held + memory.peak
     return Fit(state, curve, best, best_step, step, seconds, tokens / seconds, trained, subject.kept, peak)
 
@@ -249,7 +256,7 @@ def held_out_loss(model: Any, rows: Sequence[Example], batch_size: int, skipped:
 
 @torch.no_grad()
 def restore(subject: Subject, state: Sequence[Tensor]) -> None:
-    """Put what a run found best into the subject."""
+    """Put numbers, such as what a run found best, into the subject."""
     for parameter, tensor in zip(subject.parameters, state, strict=True):
         parameter.copy_(tensor)
 

@@ -57,6 +57,9 @@ def compare(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 4,
     evaluate_every: Annotated[int, typer.Option(min=1, help="Steps between two evaluations.")] = 25,
     patience: Annotated[int, typer.Option(min=1, help="Evaluations without improvement after which a run stops.")] = 4,
+    averaging: Annotated[
+        float, typer.Option(help="What the moving average that is kept keeps of itself in a step; 0: none.")
+    ] = TrainConfig.averaging,
     virtual_tokens: Annotated[int, typer.Option(min=1, help="Of prefixes without a size of their own.")] = 16,
     metrics: Annotated[str, typer.Option(help=f"Of {', '.join(TEXT_METRICS)}.")] = "bleu,rouge_l,exact_match",
     beams: Annotated[int, typer.Option(min=1, help="1 always takes the likeliest token.")] = 1,
@@ -86,7 +89,9 @@ def compare(
     counts = None if rows is None else _counts(rows)
     prefix = PrefixConfig(num_virtual_tokens=virtual_tokens)
     chosen = [] if ablation else entries(methods, prefix)
-    config = TrainConfig(steps=steps, batch_size=batch_size, evaluate_every=evaluate_every, patience=patience)
+    config = TrainConfig(
+        steps=steps, batch_size=batch_size, evaluate_every=evaluate_every, patience=patience, averaging=averaging
+    )
     parts = _split(data, held_out, test)
     parts["test"] = parts["test"][:test_rows]
     folder.mkdir(parents=True, exist_ok=True)

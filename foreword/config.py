@@ -91,6 +91,8 @@ class TrainConfig:
         held_out_fraction: the share of the rows set aside to measure progress, at most 64 rows; unused where held-out
             rows are given.
         evaluate_every: steps between two evaluations on the held-out rows.
+        averaging: what is evaluated and kept is a moving average over the steps, which keeps this share of itself in each
+            (Polyak & Juditsky 1992; docs/decisions/16). 0: the last step as it is.
         patience: evaluations without improvement after which training stops. The best prefix is kept.
         checkpoint_every: steps between two checkpoints.
         seed: fixes the order of the rows and every random number.
@@ -112,6 +114,7 @@ class TrainConfig:
     max_length: int = 1024
     held_out_fraction: float = 0.1
     evaluate_every: int = 25
+    averaging: float = 0.95
     patience: int = 4
     checkpoint_every: int = 25
     seed: int = 0
@@ -136,5 +139,6 @@ class TrainConfig:
         for name in ("learning_rate", "head_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}.")
-        if not 0 <= self.held_out_fraction < 1:
-            raise ConfigError(f"held_out_fraction must be at least 0 and below 1, got {self.held_out_fraction}.")
+        for name in ("held_out_fraction", "averaging"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")

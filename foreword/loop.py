@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from .anatomy import input_device
 from .attachment import Attachment, Choice, attach
+from .averaging import Average
 from .config import TrainConfig
 from .data import Batch, Example, schedule
 from .errors import ConfigError
@@ -80,6 +81,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]], weight_decay=0.0, fused=fused or None
         )
+        self.average = Average([*self.own, *head], config.averaging)
         self.step = self.best_step = self.evaluations_since_best = 0
         self.best_loss, self.best = math.inf, prefix.snapshot()
         if checkpoint is not None:
@@ -123,9 +125,10 @@ class Run:
         increment_version(self.own)  # which a fused optimizer forgets, and by which an attachment sees the change
         self.optimizer.zero_grad()
         self.step += 1
+        self.average.add(self.step)
 
     def keep(self, loss: float) -> None:
-        """Remember the prefix if it is the best on the held-out rows; `inf` where there are none."""
+        """Remember the prefix, as it is now, if it is the best on the held-out rows; `inf` where there are none."""
         if loss < self.best_loss or math.isinf(loss):
             self.best_loss, self.best_step, self.evaluations_since_best = loss, self.step, 0
             self.best = self.prefix.snapshot()
@@ -140,11 +143,14 @@ class Run:
             return
         state = {name: getattr(self, name) for name in self._KEPT}
         state |= {"prefix": self.prefix.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state |= {"average": self.average.values}
         self.folder.save_checkpoint(self.step, lambda path: torch.save(state, Path(path) / _STATE))
 
     def _load(self, state: dict[str, Any]) -> None:
         self.prefix.load_state_dict(state["prefix"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for own, saved in zip(self.average.values, state["average"], strict=True):
+            own.copy_(saved)
         vars(self).update({name: state[name] for name in self._KEPT})
         if self.folder is not None:
             self.folder.rewind(self.step)
@@ -324,12 +330,15 @@ class Trainer:
     def _measure(self, active: list[Run]) -> dict[int, float]:
         """Evaluate the runs for which it is time; each keeps its best prefix."""
         due = [run for run in active if run.evaluates]
-        evaluated = dict(zip(map(id, due), self._evaluate(due), strict=True))
-        for run in active:
-            if id(run) in evaluated:
-                run.keep(evaluated[id(run)])
-            elif not run.held_out and run.ended:
-                run.keep(math.inf)
+        with ExitStack() as shown:
+            for run in active:
+                shown.enter_context(run.average.shown())
+            evaluated = dict(zip(map(id, due), self._evaluate(due), strict=True))
+            for run in active:
+                if id(run) in evaluated:
+                    run.keep(evaluated[id(run)])
+                elif not run.held_out and run.ended:
+                    run.keep(math.inf)
         return evaluated
 
     @torch.no_grad()

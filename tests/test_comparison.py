@@ -5,12 +5,15 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import ROWS
 from zoo import make_model
 
 import foreword
 from foreword import PrefixConfig, TrainConfig, attach, train
+from foreword.baselines import BASELINES, fit
 from foreword.comparison import entries, search
+from foreword.data import encode, read_rows
 from foreword.errors import ConfigError
 
 QUICK = ["--steps", 4, "--evaluate-every", 2, "--tries", 2, "--seeds", 2, "--test-rows", 2, "--max-new-tokens", 4]
@@ -99,6 +102,18 @@ def test_without_peft_the_other_methods_still_run(command, monkeypatch):
     result = command("--methods", "lora")
     assert result.code == 2
     assert "PEFT is not installed" in result.err
+
+
+def test_baselines_are_averaged_as_a_prefix_is(llama, tokenizer):
+    rows, _ = encode(read_rows(ROWS)[0], tokenizer, tokenizer.chat_template, 256)
+    found: list[list[torch.Tensor]] = []
+    for averaging in (0.0, 0.9):
+        config = TrainConfig(steps=1, evaluate_every=1, learning_rate=0.01, averaging=averaging)
+        with BASELINES["full"].open(llama, None, 0) as subject:
+            before = [parameter.detach().clone() for parameter in subject.parameters]
+            found.append(fit(subject, rows, rows[:3], config).state)
+    for start, step, average in zip(before, *found, strict=True):
+        torch.testing.assert_close(average, start.lerp(step, 5 / 6))
 
 
 def test_search_goes_where_it_is_better_then_closer():

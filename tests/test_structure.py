@@ -12,6 +12,7 @@ PACKAGE = Path(foreword.__file__).parent
 LEVELS = [
     ["errors", "heads", "token_kernels", "triton_kernels"],
     [
+        "averaging",
         "config",
         "fingerprint",
         "hub",

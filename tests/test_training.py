@@ -273,6 +273,28 @@ def test_runs_that_share_batches_are_those_of_each_alone(device, llama, tokenize
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+def test_what_is_kept_is_the_average_of_the_steps(llama, tokenizer):
+    """And what is trained goes on from the step itself."""
+    examples, _ = encode(read_rows(ROWS)[0], tokenizer, tokenizer.chat_template, 256)
+    llama.requires_grad_(False)
+    config = replace(QUICK, steps=3, evaluate_every=1, learning_rate=0.3)
+    start = random_prefix(llama, 4, seed=0)
+    each, averaged = (
+        Run(Reparameterization(start, SMALL), replace(config, averaging=share), examples, examples[:3])
+        for share in (0.0, 0.6)
+    )
+    steps, kept = list[torch.Tensor](), list[torch.Tensor]()
+    each.keep = lambda loss: steps.append(each.prefix.vector().detach().clone())
+    averaged.keep = lambda loss: kept.append(averaged.prefix.vector().detach().clone())
+    for run in (each, averaged):
+        Trainer(llama, TASKS["completion"], [run], Accelerator(cpu=True)).run()
+    expected = Reparameterization(start, SMALL).vector().detach()
+    for number, (step, found) in enumerate(zip(steps, kept, strict=True), 1):
+        expected = expected.lerp(step, 1 - min(0.6, number / (number + 5)))
+        torch.testing.assert_close(found, expected)
+    assert torch.equal(averaged.prefix.vector(), steps[-1])
+
+
 def test_attached_prefix_is_seen_as_the_optimizer_leaves_it(llama, tokenizer):
     """A fused optimizer writes into parameters without a word, and a CUDA graph runs without a forward pass of Python."""
     examples, _ = encode(read_rows(ROWS)[0], tokenizer, tokenizer.chat_template, 256)

@@ -53,7 +53,7 @@ def attend(case) -> list[Tensor]:
     ]
     owners = torch.randint(-1, len(entries), (batch,), generator=g).tolist()
     owners[0] = len(entries) - 1
-    prefixes = stack(entries, None if case["shared"] else assign(owners))
+    prefixes = stack(entries, None if case["shared"] else assign(owners, DEVICE))
     output = merged_attention(query, key, value, prefixes, scale=dim**-0.5, is_causal=True)
     tensors = [query, key, value, *(tensor for entry in entries for tensor in entry if tensor is not None)]
     upstream = torch.randn(output.shape, generator=g).to(DEVICE)
