@@ -1,6 +1,7 @@
 """Load a base model and its tokenizer: a folder, a Hugging Face id, or the alias of a model from the package index."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ __all__ = [
     "machine_precision",
     "model_folder",
     "packaged_files",
+    "splits_words",
 ]
 
 
@@ -206,6 +208,11 @@ def _installed(alias: str) -> Path:
                 file.write(source.read_bytes())
         model = AutoModelForCausalLM.from_pretrained(whole, gguf_file="model.gguf", dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(whole, gguf_file="model.gguf")
+    if splits_words(tokenizer):
+        raise ConfigError(
+            f"Transformers {transformers.__version__} misreads the tokenizer of {alias}: it splits words that are in the "
+            "vocabulary, and the model would be asked what it never saw. Install a newer one: pip install 'transformers>=5.24'."
+        )
     # A model loaded from GGUF counts as quantized and refuses to be saved: give its weights to a plain one.
     config: Any = model.config
     del config.quantization_config
@@ -226,6 +233,13 @@ def _installed(alias: str) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def splits_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether words of its vocabulary come out in pieces, as Transformers 5.17 reads Gemma's tokenizer from a GGUF file."""
+    words = sorted(token for token in tokenizer.get_vocab() if re.fullmatch("[▁Ġ][a-z]{4,8}", token))
+    tried = words[:: 1 + len(words) // 100]
+    return sum(token in tokenizer.tokenize(f"a {token[1:]}") for token in tried) < 0.9 * len(tried)
 
 
 def _inside(alias: str, path: str, install: str) -> Path:
