@@ -68,7 +68,7 @@ def test_prefix_part_and_its_gradients_are_those_of_plain_products(case):
         patch.setattr(kernels, "_has_kernel_of_our_own", lambda query, prefixes: True)
         found = attend(case)
     for own, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(own, other, **NEAR)
+        torch.testing.assert_close(own, other, rtol=RTOL, atol=ATOL)
 
 
 def test_loss_and_gradient_of_a_large_vocabulary():
