@@ -95,7 +95,7 @@ def sentence_probe(options: Any, data: Data, rate: float, seed: int) -> Result:
         for example in examples(base, data[part]):
             ids = torch.tensor([example.input_ids], device=base.model.device)
             made.append(base.model.base_model(ids).last_hidden_state[0].mean(0))
-        return torch.stack(made)
+        return torch.stack(made).double()  # in which a line search does not overflow
 
     def numbers(part: str) -> torch.Tensor:
         known = labels(data["train"])
@@ -103,7 +103,7 @@ def sentence_probe(options: Any, data: Data, rate: float, seed: int) -> Result:
 
     texts, right = embedded("train"), numbers("train")
     center, spread = texts.mean(0), texts.std(0)
-    probe = torch.nn.Linear(texts.shape[1], 2, device=texts.device)
+    probe = torch.nn.Linear(texts.shape[1], 2, device=texts.device, dtype=texts.dtype)
     optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=500, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
@@ -174,8 +174,12 @@ def main() -> None:
             seconds = round(time.perf_counter() - began)
             print(json.dumps(told | {"seconds": seconds}), file=sys.stderr, flush=True)
         valid, rate, accuracy, parameters = max(tries, key=lambda entry: entry[0])
-        tests = [accuracy("test")]
-        tests += [method(options, data, rate, seed)[0]("test") for seed in range(1, options.seeds)]
+        tests = []
+        for seed in range(options.seeds):
+            tests.append((method(options, data, rate, seed)[0] if seed else accuracy)("test"))
+            print(
+                json.dumps({"method": name, "rate": rate, "seed": seed, "test": tests[-1]}), file=sys.stderr, flush=True
+            )
         shown = " ".join(f"{test:.1f}" for test in tests)
         table.append(f"| {name} | {parameters:,} | {rate} | {valid:.1f} | {shown} |")
     print("| method | trained parameters | learning rate | validation | test |\n|---|---|---|---|---|")
