@@ -16,7 +16,8 @@ from foreword.metrics import TEXT_METRICS, text_figures
 
 TITLES = {
     "e2e": "E2E, full training set",
-    "low-data": "E2E, low data",
+    "few-averaged": "E2E, low data",
+    "low-data": "E2E, low data, steps not averaged",
     "webnlg": "WebNLG 2017",
     "sst2": "SST-2, as completions",
     "rte": "RTE, as completions",
@@ -33,12 +34,12 @@ def load(folders: Sequence[Path]) -> dict[str, Run]:
 
 
 def score(runs: dict[str, Run], data: Path) -> None:
-    """Add the official metrics to the runs of E2E whose test rows are all answered."""
+    """Add the official metrics to the runs on all of E2E whose test rows are all answered."""
     rows = [json.loads(line) for line in (data / "e2e" / "test.jsonl").read_text("utf-8").splitlines()]
     references = [row["references"] for row in rows]
     for key, run in runs.items():
         if (
-            run["cell"]["data"] == "e2e"
+            run["cell"]["plan"] == "e2e"
             and len(run.get("answers", ())) == len(references)
             and "cider" not in run["metrics"]
         ):
@@ -94,9 +95,9 @@ def plain(results: dict[str, Run], plan: str) -> str:
     return table([*header, *(f"BLEU, {group}" for group in split)], body)
 
 
-def low_data(results: dict[str, Run]) -> str:
+def low_data(results: dict[str, Run], plan: str) -> str:
     """BLEU by rows, and each method's distance from full fine-tuning over the same draws."""
-    own = groups(results, "low-data")
+    own = groups(results, plan)
     counts, methods = sorted({rows for _, rows in own}), list(dict.fromkeys(method for method, _ in own))
     body = []
     for method in methods:
@@ -136,7 +137,7 @@ def steps_to(results: dict[str, Run], plan: str = "e2e") -> str | None:
 def sections(results: dict[str, Run]) -> str:
     made = []
     tables: dict[str, Callable[[], str]] = {plan: lambda plan=plan: plain(results, plan) for plan in TITLES}
-    tables["low-data"] = lambda: low_data(results)
+    tables |= {plan: lambda plan=plan: low_data(results, plan) for plan in ("few-averaged", "low-data")}
     for plan, title in TITLES.items():
         if groups(results, plan):
             made += [f"### {title}", tables[plan]()]
@@ -160,7 +161,8 @@ def main() -> None:
     results = earlier | load(options.folders)
     if options.data is not None:
         score(results, options.data)
-    options.keep.write_text(json.dumps(kept(results), indent=1, ensure_ascii=False) + "\n", "utf-8")
+    lines = [f"{json.dumps(key)}: {json.dumps(run, ensure_ascii=False)}" for key, run in kept(results).items()]
+    options.keep.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
     told = sections(results)
     if options.write is None:
         print(told)
