@@ -11,9 +11,7 @@ from foreword import kernels
 from foreword.kernels import assign, merged_attention, stack
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-NEAR = (
-    {"rtol": 1e-2, "atol": 1e-2} if DEVICE.type == "cuda" else {"rtol": 1e-3, "atol": 1e-4}
-)  # a GPU multiplies in tf32
+RTOL, ATOL = (1e-2, 1e-2) if DEVICE.type == "cuda" else (1e-3, 1e-4)  # a GPU multiplies in tf32
 triton_kernels = pytest.importorskip("foreword.triton_kernels", reason="Triton is not installed", exc_type=ImportError)
 
 # NumPy, which the interpreter computes with, warns of what the kernels take care of: infinite scores, masses of zero.
