@@ -1,4 +1,4 @@
-"""The average of the last steps: what is evaluated and kept, as it is steadier than any one of them."""
+"""The moving average of what is trained: what is evaluated and kept, as it is steadier than any one step."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import Tensor
 
 __all__ = ["Average"]
 
-_RISE = 5  # steps after which half of the average is older than this step
+_RISE = 5  # at this step the average keeps half of itself, if its decay allows
 
 
 class Average:
@@ -51,14 +51,13 @@ class Average:
             yield
             return
         kept = [tensor.detach().clone() for tensor in self.tensors]
-        self.put(self.values)
+        self._put(self.values)
         try:
             yield
         finally:
-            self.put(kept)
+            self._put(kept)
 
     @torch.no_grad()
-    def put(self, values: Sequence[Tensor]) -> None:
-        """Write into the tensors."""
+    def _put(self, values: Sequence[Tensor]) -> None:
         for tensor, value in zip(self.tensors, values, strict=True):
             tensor.copy_(value)
