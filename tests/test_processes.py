@@ -23,7 +23,7 @@ SMALL = PrefixConfig(4)
 CONFIGS = {
     "plain": TrainConfig(steps=5, batch_size=5, evaluate_every=2, learning_rate=0.1),
     "split": TrainConfig(steps=4, batch_size=3, micro_batches=2, learning_rate=0.1),  # three parts for two processes
-    "early": TrainConfig(steps=200, batch_size=4, learning_rate=3.0, evaluate_every=1, patience=3),
+    "early": TrainConfig(steps=200, batch_size=4, learning_rate=3.0, evaluate_every=1, patience=3, averaging=0.0),
     "again": TrainConfig(steps=5, batch_size=5, evaluate_every=2, learning_rate=0.1, gradient_checkpointing=True),
     "other": TrainConfig(steps=3, batch_size=5, seed=1, learning_rate=0.1),
 }
