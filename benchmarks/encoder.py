@@ -128,7 +128,7 @@ def prefix(options: Any, data: Data, rate: float, seed: int) -> Result:
         steps=options.prefix_steps,
         batch_size=options.prefix_batch,
         learning_rate=rate,
-        held_out_fraction=0.0,  # the last step is kept
+        held_out_fraction=0.0,  # what the last steps come to is kept
         seed=seed,
     )
     shape = PrefixConfig(num_virtual_tokens=options.virtual_tokens)

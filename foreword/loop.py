@@ -330,15 +330,15 @@ class Trainer:
     def _measure(self, active: list[Run]) -> dict[int, float]:
         """Evaluate the runs for which it is time; each keeps its best prefix."""
         due = [run for run in active if run.evaluates]
+        blind = [run for run in active if run.ended and not run.held_out]
         with ExitStack() as shown:
-            for run in active:
+            for run in [*due, *blind]:
                 shown.enter_context(run.average.shown())
             evaluated = dict(zip(map(id, due), self._evaluate(due), strict=True))
-            for run in active:
-                if id(run) in evaluated:
-                    run.keep(evaluated[id(run)])
-                elif not run.held_out and run.ended:
-                    run.keep(math.inf)
+            for run in due:
+                run.keep(evaluated[id(run)])
+            for run in blind:
+                run.keep(math.inf)
         return evaluated
 
     @torch.no_grad()
