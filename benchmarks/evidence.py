@@ -63,24 +63,27 @@ _ALL = (
     "base",
 )
 _FEW = ("prefix:16", "full", "prompt:20")
+_SIZES = (50, 500, 100, 200)
 _WORDS = ("exact_match",)
 
 
 def _plans() -> dict[str, list[Cell]]:
     few: dict[str, Any] = {"steps": 300, "tuning_steps": None, "batch": 4}
     labels: dict[str, Any] = {"steps": 600, "batch": 32, "beams": 1, "metrics": _WORDS}
-    gemma: dict[str, Any] = {"model": "gemma3", "rows": 500, "seeds": 2}
+    averaged: dict[str, Any] = {**few, "averaging": 0.95}  # the default of the library
     return {
         "e2e": [Cell("e2e", "e2e", method, seeds=1 if method == "base" else 3) for method in _ALL],
-        "low-data": [Cell("low-data", "e2e", m, rows, **few) for rows in (50, 500, 100, 200) for m in _FEW],
-        "few-averaged": [
-            Cell("few-averaged", "e2e", m, rows, averaging=0.95, **few)
-            for rows in (50, 500, 100, 200)
-            for m in ("prefix:16", "prefix:58", "full")
-        ],
+        "low-data": [Cell("low-data", "e2e", m, rows, **few) for rows in _SIZES for m in _FEW],
+        **{
+            plan: [Cell(plan, "e2e", m, rows, beams=beams, **averaged) for rows in _SIZES for m in (*_FEW, "prefix:58")]
+            for plan, beams in (("few-averaged", 5), ("few-greedy", 1))
+        },
         "webnlg": [Cell("webnlg", "webnlg", m, steps=560) for m in ("full", "prefix:58", "lora:8", "prompt:20", "adapter:58")],
         "labels": [Cell(d, d, m, **labels) for d in ("sst2", "rte") for m in ("full", "prefix:16", "lora:8", "prompt:20")],
-        "gemma": [Cell("gemma", "e2e", m, **gemma, **few) for m in (*_FEW, "lora:8", "peft-prefix:16", "base")],
+        "gemma": [
+            Cell("gemma", "e2e", m, 500, model="gemma3", **averaged)
+            for m in (*_FEW, "lora:8", "peft-prefix:16", "base")
+        ],
     }  # fmt: skip
 
 

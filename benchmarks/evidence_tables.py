@@ -17,6 +17,7 @@ from foreword.metrics import TEXT_METRICS, text_figures
 TITLES = {
     "e2e": "E2E, full training set",
     "few-averaged": "E2E, low data",
+    "few-greedy": "E2E, low data, greedy instead of five beams",
     "low-data": "E2E, low data, steps not averaged",
     "webnlg": "WebNLG 2017",
     "sst2": "SST-2, as completions",
@@ -137,7 +138,7 @@ def steps_to(results: dict[str, Run], plan: str = "e2e") -> str | None:
 def sections(results: dict[str, Run]) -> str:
     made = []
     tables: dict[str, Callable[[], str]] = {plan: lambda plan=plan: plain(results, plan) for plan in TITLES}
-    tables |= {plan: lambda plan=plan: low_data(results, plan) for plan in ("few-averaged", "low-data")}
+    tables |= {plan: lambda plan=plan: low_data(results, plan) for plan in ("few-averaged", "few-greedy", "low-data")}
     for plan, title in TITLES.items():
         if groups(results, plan):
             made += [f"### {title}", tables[plan]()]
