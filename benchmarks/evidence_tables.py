@@ -88,7 +88,8 @@ def plain(results: dict[str, Run], plan: str) -> str:
     body = []
     for runs in own.values():
         first, trains = runs[0], bool(runs[0]["steps"])
-        trained = [f"{first['trained']:,}", f"{first['percent']:.2f} %"] if trains else ["-", "-"]
+        share = f"{first['percent']:.2f}" if first["percent"] >= 0.005 else f"{first['percent']:.1g}"
+        trained = [f"{first['trained']:,}", f"{share} %"] if trains else ["-", "-"]
         rate = f"{first['learning_rate']:g}" if first["learning_rate"] else "-"
         figures = [shown([r["metrics"][n] for r in runs], 2 if n in ("nist", "cider") else 1) for n in names]
         parts = [shown([r["groups"][group]["bleu"] for r in runs]) for group in split]

@@ -53,7 +53,9 @@ def compare(
     ] = 3,
     tries: Annotated[int, typer.Option(min=1, help="Learning rates tried for each method.")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of a run.")] = 300,
-    tuning_steps: Annotated[int | None, typer.Option(min=1, help="Steps of a try.", show_default="as of a run")] = None,
+    tuning_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of a try; too few mislead.", show_default="as of a run")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 4,
     evaluate_every: Annotated[int, typer.Option(min=1, help="Steps between two evaluations.")] = 25,
     patience: Annotated[int, typer.Option(min=1, help="Evaluations without improvement after which a run stops.")] = 4,
