@@ -81,7 +81,7 @@ def _plans() -> dict[str, list[Cell]]:
         },
         "webnlg": [Cell("webnlg", "webnlg", m, steps=560) for m in ("full", "prefix:58", "lora:8", "prompt:20", "adapter:58")],
         "sst2": [Cell("sst2", "sst2", m, **labels) for m in _FOUR],
-        # After 150 steps on RTE a try is still at chance for most methods, and says nothing about its learning rate.
+        # After 150 steps on RTE the prefix is still at chance, and a try says nothing about its learning rate.
         "rte": [Cell("rte", "rte", m, **{**labels, "tuning_steps": None, "averaging": 0.95}) for m in _FOUR],
         "gemma": [
             Cell("gemma", "e2e", m, 500, model="gemma3", seeds=1 if m == "base" else 3, **averaged)

@@ -125,9 +125,8 @@ def steps_to(results: dict[str, Run], plan: str = "e2e") -> str | None:
             other = theirs.get(run["seed"])
             if other is None or not run["curve"]:
                 continue
-            reached = next(
-                (step for step, loss in run["curve"] if loss is not None and loss <= other["held_out_loss"]), None
-            )
+            aim = min(loss for _, loss in other["curve"] if loss is not None)  # rounded as the other curves are
+            reached = next((step for step, loss in run["curve"] if loss is not None and loss <= aim), None)
             told.append("never" if reached is None else str(reached))
             if reached is not None:
                 ratios.append(other["best_step"] / reached)
