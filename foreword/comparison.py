@@ -304,7 +304,9 @@ def run_once(
         told = f"{entry.label}, {count} rows, seed {seed}"
         fitted = _fit(bench, entry, draw(rows, count, seed), rate, seed, None, _telling(on_step, told))
     if fitted.state is None and entry.method in _RATES:
-        raise ConfigError(f"{entry.label}: the loss was never finite, at any learning rate tried. Raise tries.")
+        raise ConfigError(
+            f"{entry.label}, seed {seed}: the loss did not stay finite at learning rate {rate:g}. Raise tries."
+        )
     began = time.perf_counter()
     answers = _answer(bench, entry, fitted, seed)
     synchronize(input_device(bench.base.model))
@@ -397,7 +399,8 @@ def _fit_prefix(
     seconds = statistics.mean(gaps) * training["steps"] if gaps else training["seconds"]
     speed = 1 / statistics.mean(1 / s for s in speeds) if speeds else 0.0
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    peak = None if memory.peak is None else weights + 3 * 4 * trained + memory.peak
+    copies = 4 if config.averaging else 3  # the parameters, two of the optimizer, the average
+    peak = None if memory.peak is None else weights + copies * 4 * trained + memory.peak
     loss, best = training["held_out_loss"], training["best_step"]
     kept = made.num_parameters
     return Fit(made, curve, loss, best, training["steps"], seconds, speed, trained, kept, peak)

@@ -1,7 +1,7 @@
 """What can be asked for: the options of a prefix and of its training. Plain data, quick to import."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from .errors import ConfigError
 
@@ -10,6 +10,13 @@ __all__ = ["SHARED", "Precision", "PrefixConfig", "TaskName", "TrainConfig"]
 Precision = Literal["auto", "float32", "bfloat16", "float16", "int8", "int4", "fp8"]
 SHARED = ("task", "micro_batches", "tracker", "compile", "gradient_checkpointing")  # by runs that are trained together
 TaskName = Literal["completion", "classification", "token_classification", "question_answering"]
+_Initialization = Literal["demonstrations", "text", "random", "noop"]
+_Reparameterization = Literal["none", "mlp"]
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ConfigError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -38,14 +45,17 @@ class PrefixConfig:
     num_encoder_virtual_tokens: int | None = None
     num_cross_virtual_tokens: int | None = None
     num_layers: int | None = None
-    initialization: Literal["demonstrations", "text", "random", "noop"] | None = None
+    initialization: _Initialization | None = None
     num_demonstrations: int = 3
     init_text: str | None = None
     freeze_first: bool | None = None
-    reparameterization: Literal["none", "mlp"] = "none"
+    reparameterization: _Reparameterization = "none"
     mlp_width: int = 512
 
     def __post_init__(self) -> None:
+        _check_choice("reparameterization", self.reparameterization, _Reparameterization)
+        if self.initialization is not None:
+            _check_choice("initialization", self.initialization, _Initialization)
         for name in ("num_virtual_tokens", "num_demonstrations", "mlp_width"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -59,7 +69,10 @@ class PrefixConfig:
                 "init_text belongs to initialization='text' and to no other: "
                 f"got initialization={self.initialization!r}, init_text={self.init_text!r}."
             )
-        if self.freezes_first and self.num_virtual_tokens == 1:
+        known = (
+            self.initialization is not None or self.freeze_first is not None
+        )  # else training chooses, and checks again
+        if known and self.freezes_first and self.num_virtual_tokens == 1:
             raise ConfigError(
                 "With one virtual token and the first one frozen nothing is left to train: "
                 "use num_virtual_tokens of 2 or more, or freeze_first=False."
@@ -124,6 +137,7 @@ class TrainConfig:
     tracker: str | None = None
 
     def __post_init__(self) -> None:
+        _check_choice("task", self.task, TaskName)
         counts = (
             "steps",
             "batch_size",

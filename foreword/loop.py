@@ -127,13 +127,24 @@ class Run:
         self.step += 1
         self.average.add(self.step)
 
-    def keep(self, loss: float) -> None:
-        """Remember the prefix, as it is now, if it is the best on the held-out rows; `inf` where there are none."""
-        if loss < self.best_loss or math.isinf(loss):
-            self.best_loss, self.best_step, self.evaluations_since_best = loss, self.step, 0
+    def keep(self, loss: float | None) -> None:
+        """Remember the prefix, as it is now, if it is the best on the held-out rows; `None` where there are none."""
+        if loss is None or loss < self.best_loss:
+            self.best_loss = math.inf if loss is None else loss
+            self.best_step, self.evaluations_since_best = self.step, 0
             self.best = self.prefix.snapshot()
+            if not all(bool(tensor.isfinite().all()) for tensor in self.best):
+                raise self.diverged("prefix", math.nan)
         else:
             self.evaluations_since_best += 1
+
+    def diverged(self, what: str, became: float, step: int | None = None) -> ConfigError:
+        """The error that says so."""
+        which = "" if self.folder is None else f"{self.folder.path}: "
+        return ConfigError(
+            f"{which}The {what} became {became} at step {self.step if step is None else step}. Lower the learning rate (now "
+            f"{self.config.learning_rate}), or train in float32."
+        )
 
     _KEPT = ("step", "best_step", "best_loss", "evaluations_since_best", "best")
 
@@ -338,7 +349,7 @@ class Trainer:
             for run in due:
                 run.keep(evaluated[id(run)])
             for run in blind:
-                run.keep(math.inf)
+                run.keep(None)
         return evaluated
 
     @torch.no_grad()
@@ -368,11 +379,9 @@ class Trainer:
             step.runs, losses, step.labels, step.tokens, step.numbers, step.learning_rates, strict=True
         ):
             progress = Progress(number, loss / labels, rate, tokens / seconds, (evaluated or {}).get(id(run)))
-            if not math.isfinite(loss):
-                raise ConfigError(
-                    f"The loss became {loss} at step {number}. Lower the learning rate (now {run.config.learning_rate}), "
-                    "or train in float32."
-                )
+            for what, told in (("loss", loss), ("held-out loss", progress.held_out_loss)):
+                if told is not None and not math.isfinite(told):
+                    raise run.diverged(what, told, number)
             values = {key: value for key, value in progress._asdict().items() if value is not None}
             if run.folder is not None:
                 run.folder.log(values)

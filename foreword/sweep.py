@@ -1,5 +1,6 @@
 """Several runs from one file: what differs between them, where each goes, and a table of how they ended."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
@@ -55,7 +56,7 @@ def read_sweep(file: Path, config: Path | None, given: Mapping[str, Any]) -> lis
                 differs = {name: value for name, value in own.items() if name not in ("out", "data", "held_out")}
                 path = options.job.out
                 names = [Path(own["data"]).stem] if "data" in own and "out" not in own else []
-                names += [f"{name}={value}" for name, value in differs.items()]
+                names += [re.sub(r"[/\\\0\n]", "-", f"{name}={value}")[:60] for name, value in differs.items()]
                 path = path.with_name(".".join([path.stem, *names]) + path.suffix)
                 options = options._replace(job=replace(options.job, out=path))
             if options.job.out in made:

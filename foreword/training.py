@@ -115,7 +115,8 @@ def train_many(
     """Train several prefixes for one model in one process: rows of different runs share its batches.
 
     Each run keeps its own prefix, optimizer, order of rows, schedule and end, and gives the prefix that `train` gives, up to
-    rounding. One that ends makes room for the next. Runs with a head, and those of encoder-decoders, go one after another.
+    rounding. One that ends makes room for the next. Runs with a head, with dropout, and those of
+    encoder-decoders, go one after another.
 
     Args:
         jobs: what to train. They share the task and the number of micro-batches.
@@ -144,8 +145,13 @@ def train_many(
         >>> [prefix.num_virtual_tokens for prefix in prefixes]
         [2, 3]
     """
+    if not jobs:
+        raise ConfigError("There is nothing to train: jobs is empty.")
     if resume and overwrite:
         raise ConfigError("resume and overwrite contradict each other: go on with earlier runs, or delete them.")
+    folders = [Path(job.run).resolve() for job in jobs if job.run is not None]
+    if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
+        raise ConfigError(f"Two runs would write {twice}. Give each a folder of its own.")
     configs = [job.config or TrainConfig() for job in jobs]
     for name in SHARED:
         if len(found := {getattr(config, name) for config in configs}) > 1:
@@ -156,15 +162,29 @@ def train_many(
     if len(jobs) > 1 and first.tracker is not None:
         raise ConfigError(f"A tracker ({first.tracker}) follows one run. Leave it out; each run has its metrics.jsonl.")
     check_model(first.task, model)
-    _check_tracker(first.tracker)
+    _check_tracker(first.tracker, jobs[0].run)
     device = input_device(model)
     accelerator = join(device, log_with=first.tracker, project_dir=jobs[0].run)
-    if task.has_head or model.config.is_encoder_decoder:
-        at_once = 1
     with _frozen(model):
-        prepared = [_prepare(model, tokenizer, job, accelerator.is_main_process, resume, overwrite) for job in jobs]
+        read = [_read(model, tokenizer, job) for job in jobs]  # all, before a folder is made or deleted
+        prepared = [_prepare(model, tokenizer, own, accelerator.is_main_process, resume, overwrite) for own in read]
+        # A mask of dropout covers the rows of all runs that share a batch: together they would be trained as no run alone is.
+        if task.has_head or model.config.is_encoder_decoder or any(own.run.config.dropout for own in prepared):
+            at_once = 1
         seconds = Trainer(model, task, [own.run for own in prepared], accelerator, at_once).run()
     return [_result(model, own, seconds) for own in prepared]
+
+
+class _Read(NamedTuple):
+    """A job, its options with their defaults, and its rows."""
+
+    job: Job
+    prefix: PrefixConfig
+    config: TrainConfig
+    about: dict[str, Any]
+    rows: list[Example]
+    held_out: list[Example]
+    skipped: int
 
 
 class _Prepared(NamedTuple):
@@ -175,15 +195,8 @@ class _Prepared(NamedTuple):
     steps: list[Progress]
 
 
-def _prepare(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    job: Job,
-    writes: bool,
-    resume: bool,
-    overwrite: bool,
-) -> _Prepared:
-    """Check a job's rows, open its folder, choose where its prefix starts. Of several processes one `writes`."""
+def _read(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job) -> _Read:
+    """Check a job's options and rows."""
     prefix, config = job.prefix or PrefixConfig(), job.config or TrainConfig()
     task = TASKS[config.task]
     if prefix.initialization is None:
@@ -192,7 +205,21 @@ def _prepare(
     if config.dropout is None:
         config = replace(config, dropout=task.has_head)
     about = task.about(model, tokenizer)
-    rows, held_out, skipped = _examples(model, tokenizer, job.data, job.held_out, prefix, config, about)
+    return _Read(
+        job, prefix, config, about, *_examples(model, tokenizer, job.data, job.held_out, prefix, config, about)
+    )
+
+
+def _prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    read: _Read,
+    writes: bool,
+    resume: bool,
+    overwrite: bool,
+) -> _Prepared:
+    """Open a job's folder, choose where its prefix starts. Of several processes one `writes`."""
+    job, prefix, config, about, rows, held_out, skipped = read
     asked = {"prefix": asdict(prefix), "train": asdict(config), "data": _digest([*rows, *held_out])}
 
     def earlier() -> tuple[RunFolder | None, tuple[Prefix, dict[str, Any]] | None]:
@@ -201,6 +228,8 @@ def _prepare(
         again = resume and has_started(job.run)
         folder = RunFolder(job.run, asked, resume=again, overwrite=overwrite)
         found = newest_checkpoint(job.run) if again else None
+        if found is None:
+            folder.rewind(0)  # what a run told that ended before its first checkpoint
         return folder, None if found is None else (load(start_file(found)), read_checkpoint(found))
 
     folder, found = from_first(earlier)
@@ -282,13 +311,15 @@ def _examples(
     return kept, [examples[i] for i in sorted(aside)], skipped
 
 
-def _check_tracker(name: str | None) -> None:
+def _check_tracker(name: str | None, run: str | Path | None) -> None:
     known = [str(tracker) for tracker in get_available_trackers()]  # Accelerate itself would ignore a missing one
     if name is not None and name not in known:
         raise ConfigError(
             f"tracker {name!r} is not installed, or not known to Accelerate. "
             f"Installed: {', '.join(known) or 'none'}. Install it, for example with pip install tensorboard."
         )
+    if name == "tensorboard" and run is None:
+        raise ConfigError("tracker 'tensorboard' writes into the run folder, and none was given. Give one with run.")
 
 
 def _digest(examples: Sequence[Example]) -> str:

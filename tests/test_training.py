@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from zoo import make_model
 
 import foreword
-from foreword import PrefixConfig, TrainConfig, attach, train
+from foreword import Job, PrefixConfig, TrainConfig, attach, train, train_many
 from foreword.completion import completion_loss
 from foreword.data import collate, encode, read_rows
 from foreword.errors import ConfigError, DataError
@@ -167,6 +167,58 @@ def test_killed_run_resumes_to_the_same_prefix(model_folder, rows_file, tmp_path
     assert same(whole, resumed)
 
 
+def test_run_cut_off_before_its_first_checkpoint_tells_each_step_once(llama, tokenizer, tmp_path):
+    config = replace(QUICK, checkpoint_every=100)
+
+    def cut(progress: foreword.loop.Progress) -> None:
+        if progress.step == 3:
+            raise RuntimeError("the machine went down")
+
+    with pytest.raises(RuntimeError, match="went down"):
+        train(llama, tokenizer, ROWS, SMALL, config, run=tmp_path / "a.run", on_step=cut)
+    train(llama, tokenizer, ROWS, SMALL, config, run=tmp_path / "a.run", resume=True)
+    told = [json.loads(line)["step"] for line in (tmp_path / "a.run/metrics.jsonl").read_text().splitlines()]
+    assert told == [1, 2, 3, 4, 5, 6]
+
+
+def test_rows_of_all_runs_are_read_before_a_folder_is_touched(llama, tokenizer, tmp_path):
+    first = train(llama, tokenizer, ROWS, SMALL, QUICK, run=tmp_path / "a.run")
+    jobs = [
+        Job(rows, SMALL, QUICK, run=tmp_path / name) for rows, name in ((ROWS, "a.run"), ([{"prompt": "x"}], "b.run"))
+    ]
+    with pytest.raises(DataError, match="completion"):
+        train_many(llama, tokenizer, jobs, overwrite=True)
+    assert same(train(llama, tokenizer, ROWS, SMALL, QUICK, run=tmp_path / "a.run", resume=True), first)
+    assert not (tmp_path / "b.run").exists()
+    with pytest.raises(ConfigError, match="Two runs would write .*a.run"):
+        train_many(llama, tokenizer, [jobs[0], jobs[0]])
+
+
+def test_runs_with_dropout_are_those_of_each_alone(tokenizer):
+    model = make_model("gpt2", resid_pdrop=0.3)
+    jobs = [Job(ROWS, SMALL, replace(QUICK, dropout=dropout)) for dropout in (False, True)]
+    for one, job in zip(train_many(model, tokenizer, jobs), jobs, strict=True):
+        assert same(one, train(model, tokenizer, ROWS, SMALL, job.config))
+    assert not same(*train_many(model, tokenizer, jobs))
+
+
+@pytest.mark.parametrize(("held_out", "what"), [(0.2, "held-out loss"), (0.0, "prefix")])
+def test_prefix_that_is_no_number_after_the_last_step_is_an_error(held_out, what, llama, tokenizer, tmp_path):
+    config = TrainConfig(steps=1, learning_rate=1e38, averaging=0.0, held_out_fraction=held_out)
+    start = torch.optim.AdamW.step
+
+    def overflow(self, *arguments):
+        start(self, *arguments)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.fill_(torch.inf)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", overflow)
+        with pytest.raises(ConfigError, match=rf"a.run: The {what} became nan at step 1. Lower the learning rate"):
+            train(llama, tokenizer, ROWS, SMALL, config, run=tmp_path / "a.run")
+
+
 def test_held_out_rows_can_be_given(llama, tokenizer):
     prefix = train(llama, tokenizer, ROWS[:20], SMALL, QUICK, held_out=ROWS[20:])
     assert (prefix.metadata["training"]["rows"], prefix.metadata["training"]["held_out_rows"]) == (20, 4)
@@ -182,6 +234,16 @@ def test_mistakes_are_found_before_training(llama, tokenizer, tmp_path):
         train(llama, tokenizer, ROWS, SMALL, TrainConfig(tracker="nosuch"))
     with pytest.raises(ConfigError, match="learning_rate must be positive"):
         TrainConfig(learning_rate=0.0)
+    misspelt = replace(SMALL)
+    object.__setattr__(misspelt, "initialization", "randm")  # as it comes where types are not checked
+    with pytest.raises(ConfigError, match="initialization must be one of demonstrations, .*, got 'randm'"):
+        misspelt.__post_init__()
+    with pytest.raises(ConfigError, match="nothing is left to train"):
+        train(llama, tokenizer, ROWS, PrefixConfig(1))
+    with pytest.raises(ConfigError, match="'tensorboard' writes into the run folder"):
+        train(llama, tokenizer, ROWS, SMALL, TrainConfig(tracker="tensorboard"))
+    with pytest.raises(ConfigError, match="jobs is empty"):
+        train_many(llama, tokenizer, [])
     with torch.no_grad():
         llama.lm_head.weight[0] = torch.nan
     with pytest.raises(ConfigError, match="The loss became nan at step 1. Lower the learning rate"):
