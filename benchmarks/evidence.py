@@ -182,7 +182,7 @@ def worker(inbox: Any, results: Any, number: int, workers: int) -> None:
         began = time.perf_counter()
         try:
             found = work(*arguments)
-        except (ValueError, RuntimeError) as error:  # one cell that fails does not end the others
+        except Exception as error:  # noqa: BLE001  # one cell that fails does not end the others
             found = {"error": f"{type(error).__name__}: {error}"[:500]}
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # other processes want it

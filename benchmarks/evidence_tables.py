@@ -160,6 +160,9 @@ def main() -> None:
     options = parser.parse_args()
     earlier = json.loads(options.keep.read_text("utf-8")) if options.keep.exists() else {}
     results = earlier | load(options.folders)
+    for key in earlier.keys() & results.keys():  # the official metrics of the same run stay
+        if results[key].get("curve") == earlier[key].get("curve") and "metrics" in earlier[key]:
+            results[key]["metrics"] = earlier[key]["metrics"] | results[key]["metrics"]
     if options.data is not None:
         score(results, options.data)
     lines = [f"{json.dumps(key)}: {json.dumps(run, ensure_ascii=False)}" for key, run in kept(results).items()]
@@ -170,7 +173,11 @@ def main() -> None:
         return
     text = options.write.read_text("utf-8")
     head, _, rest = text.partition("<!-- evidence -->\n")
-    _, _, tail = rest.partition("<!-- /evidence -->")
+    _, end, tail = rest.partition("<!-- /evidence -->")
+    if not end:
+        raise SystemExit(
+            f"{options.write}: no lines <!-- evidence --> and <!-- /evidence -->, in this order. Nothing was written."
+        )
     options.write.write_text(f"{head}<!-- evidence -->\n{told}\n<!-- /evidence -->{tail}", "utf-8")
 
 
