@@ -42,7 +42,9 @@ app = typer.Typer(
 
 Model = Annotated[
     str | None,
-    typer.Option(help="The base: a folder, a Hugging Face id, `smollm2` or `minilm`.", show_default="as in the file"),
+    typer.Option(
+        help="The base: a folder, a Hugging Face id, `smollm2`, `gemma3` or `minilm`.", show_default="as in the file"
+    ),
 ]
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Where an answer is cut.", show_default=False)]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows answered at a time.")]
@@ -85,6 +87,7 @@ def train(
     if on is not None:
         _check_fleet(sweep, job)
     from .processes import leave
+    from .runs import steps_logged
     from .store import check_writable, save
     from .tasks import TASKS, find_labels
     from .training import Job, train, train_many
@@ -125,7 +128,7 @@ def train(
             leave()
             keep_results(runs, enumerate(prefixes))
             return
-        base = load()
+        base, before = load(), steps_logged(run) if resume else 0
         with training_bar(train_config.steps) as show:
             prefix = train(
                 base.model,
@@ -144,8 +147,11 @@ def train(
     leave()
     if not is_first:
         return
-    save(prefix, job.out)
     training = prefix.metadata["training"]
+    if before == training["steps"] and job.out.exists():
+        err.print(f"This run had ended. {job.out} is left as it is, with the figures that were recorded in it.")
+    else:
+        save(prefix, job.out)
     if training["skipped_rows"]:
         err.print(f"Left out {training['skipped_rows']} bad rows.")
     share = prefix.num_parameters / base.model.num_parameters()
@@ -202,6 +208,13 @@ def evaluate(
     task, asked = task_of(loaded), contestants(loaded, compare and [name for name in compare if name != "none"])
     names = None if metrics is None else metrics.split(",")
     titles = check_metrics(loaded, names)
+    if compare and "none" in compare and len(compare) > 1:
+        raise ConfigError(f"--compare none goes with no other, got {', '.join(compare)}.")
+    for path in filter(None, (answers, confusion)):
+        if not os.access(path.parent, os.W_OK) or path.is_dir():
+            raise ConfigError(
+                f"{path} cannot be written: {path.parent} is no folder that you can write to, or this is a folder."
+            )
     if confusion is not None and task.labels is None:
         raise ConfigError("--confusion: this prefix answers with no labels, so there is no confusion matrix.")
     rows, bad = read(task, data, skip_bad=skip_bad_rows)
@@ -326,7 +339,8 @@ def compose(
     from .composition import compose
     from .store import check_writable, load, save
 
-    check_writable(composed)
+    if check_writable(composed).exists():
+        raise ConfigError(f"{composed} exists already. Give another name with --out, or delete it.")
     found = [load(path) for path in prefixes]
     loaded: dict[str, Prefix | None] = dict(zip(map(str, prefixes), found, strict=True))
     _, head = _common_task(loaded)

@@ -31,8 +31,12 @@ def compare(
     ],
     data: Annotated[str, typer.Option(help="Training rows of prompt and completion.", show_default=False)],
     methods: Annotated[
-        str, typer.Option(help="Also prefix-mlp and peft-prefix; a size behind a colon: prefix:32,lora:4,adapter:8.")
-    ] = _METHODS,
+        str | None,
+        typer.Option(
+            help="Also prefix-mlp and peft-prefix; a size behind a colon: prefix:32,lora:4,adapter:8.",
+            show_default=_METHODS,
+        ),
+    ] = None,
     ablation: Annotated[
         Literal["length", "layers", "initialization", "sink", "mlp"] | None,
         typer.Option(help="Compare prefixes that differ in one thing, in place of methods.", show_default=False),
@@ -73,6 +77,7 @@ def compare(
     device: Annotated[
         str | None, typer.Option(help="For example cpu or cuda:1.", show_default="the accelerator")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier report.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train other methods beside a prefix on your rows, each with as many learning rates tried, and measure their answers.
@@ -88,12 +93,18 @@ def compare(
 
     names = tuple(metrics.split(","))
     check_text_metrics(names)
+    if ablation and methods:
+        raise ConfigError("--ablation compares prefixes in place of methods: leave out --methods.")
     counts = None if rows is None else _counts(rows)
     prefix = PrefixConfig(num_virtual_tokens=virtual_tokens)
-    chosen = [] if ablation else entries(methods, prefix)
+    chosen = [] if ablation else entries(methods or _METHODS, prefix)
     config = TrainConfig(
         steps=steps, batch_size=batch_size, evaluate_every=evaluate_every, patience=patience, averaging=averaging
     )
+    if (folder / "report.json").exists() and not overwrite:
+        raise ConfigError(
+            f"{folder} holds a report already. Write to another folder with --out, or replace it with --overwrite."
+        )
     parts = _split(data, held_out, test)
     parts["test"] = parts["test"][:test_rows]
     folder.mkdir(parents=True, exist_ok=True)

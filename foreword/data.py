@@ -196,7 +196,9 @@ def read_checked(
             rows.append(raw if isinstance(raw, Example) else check(raw, source))
         except DataError as error:
             if not skip_bad:
-                raise DataError(f"{error} Mend the row, or leave bad rows out with --skip-bad-rows.") from None
+                raise DataError(
+                    f"{error} Mend the row, or take it out, as train and evaluate do with --skip-bad-rows."
+                ) from None
             bad.append(str(error))
     if not rows:
         where = data if isinstance(data, str | Path) else "the data"

@@ -54,10 +54,11 @@ class RunFolder:
     def _check_same(self, config: dict[str, Any]) -> None:
         check_started(self.path)
         earlier = json.loads(self._config_file.read_text("utf-8"))
+        then, now = _flat(earlier), _flat(config)
         changed = [
-            f"{key}: then {earlier.get(key)!r}, now {config.get(key)!r}"
-            for key in sorted(earlier.keys() | config.keys())
-            if earlier.get(key) != config.get(key)
+            f"{key}: then {then.get(key)!r}, now {now.get(key)!r}"
+            for key in sorted(then.keys() | now.keys())
+            if then.get(key) != now.get(key)
         ]
         if changed:
             raise ConfigError(
@@ -160,6 +161,14 @@ def newest_checkpoint(run: str | Path) -> Path | None:
 def start_file(checkpoint: Path) -> Path:
     """The prefix that the run of a checkpoint started from."""
     return checkpoint.parent.parent / _START
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """`{"train": {"steps": 2}}` as `{"train.steps": 2}`."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= {f"{name}.{key}": own for key, own in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def _write(path: Path, text: str) -> None:

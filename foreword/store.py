@@ -246,7 +246,8 @@ class PrefixStore(Mapping[str, Prefix]):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise PrefixFileError(f"{self.folder}: no such folder.")
+            hint = " It is a file: foreword show tells of one." if self.folder.exists() else ""
+            raise PrefixFileError(f"{self.folder}: no such folder.{hint}")
 
     def path(self, name: str) -> Path:
         """Where the prefix of this name is, or would be."""

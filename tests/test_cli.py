@@ -89,6 +89,23 @@ def test_evaluate_prints_figures_beside_base_and_demonstrations(run, trained, ro
     )
     assert json.loads(result.out)["metrics"].keys() == {"prefix"}
     assert foreword.load(trained).metadata["evaluation"]["rows"] == len(ROWS)
+    nowhere = run("evaluate", trained, "--data", rows_file, "--answers", "nowhere/answers.jsonl")
+    assert (nowhere.code, nowhere.out) == (2, "")
+    assert "nowhere is no folder" in nowhere.err
+    assert (
+        "goes with no other"
+        in run("evaluate", trained, "--data", rows_file, "--compare", "none", "--compare", "base").err
+    )
+
+
+def test_run_that_had_ended_is_not_written_again(run, quick, trained, rows_file):
+    run("evaluate", trained, "--data", rows_file, "--compare", "none", "--record", "--max-new-tokens", 2)
+    before = trained.read_bytes()
+    again = run("train", *quick, "--out", trained, "--resume")
+    assert again.code == 0
+    assert "This run had ended" in again.err
+    assert trained.read_bytes() == before
+    assert "train.steps: then 4, now 6" in run("train", *quick, "--out", trained, "--resume", "--steps", 6).err
 
 
 def test_generate_answers_with_each_prefix(run, quick, trained):
@@ -213,6 +230,10 @@ def test_sweep_trains_every_run_into_a_file_of_its_own(run, model_folder, rows_f
     assert all(name in done.out for name in names)
     assert foreword.load(tmp_path / "a.seed=1.virtual_tokens=4.safetensors").num_virtual_tokens == 4
     assert "holds an earlier run" in run(*asked).err
+    sweep.write_text("runs: [{initialization: text, init_text: Answer yes/no., virtual_tokens: 4}]", "utf-8")
+    done = run(*asked)
+    assert done.code == 0, done.err
+    assert (tmp_path / "a.initialization=text.init_text=Answer yes-no..virtual_tokens=4.safetensors").exists()
 
 
 @pytest.mark.parametrize(

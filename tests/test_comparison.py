@@ -88,6 +88,7 @@ def test_ablations_change_one_thing(command, name, labels):
         (["--rows", "5,many"], "--rows: expected whole numbers parted by commas"),
         (["--rows", "500"], "500 training rows were asked for, but there are"),
         (["--metrics", "blue"], "No such metric: blue"),
+        (["--methods", "lora", "--ablation", "mlp"], "leave out --methods"),
     ],
 )
 def test_mistakes_are_told(command, options, told):
@@ -99,9 +100,18 @@ def test_mistakes_are_told(command, options, told):
 def test_without_peft_the_other_methods_still_run(command, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     assert command("--methods", "full,base", "--seeds", 1).code == 0
-    result = command("--methods", "lora")
+    result = command("--methods", "lora", "--overwrite")
     assert result.code == 2
     assert "PEFT is not installed" in result.err
+
+
+def test_report_is_replaced_only_if_asked(command):
+    base = ["--methods", "base", "--seeds", 1]
+    assert command(*base).code == 0
+    refused = command(*base)
+    assert refused.code == 2
+    assert "comparison holds a report already" in refused.err
+    assert command(*base, "--overwrite").code == 0
 
 
 def test_baselines_are_averaged_as_a_prefix_is(llama, tokenizer):

@@ -177,6 +177,7 @@ def test_the_command_composes_files(run, model_folder, tmp_path):
     expected = compose(base.model.float(), [first, second])
     for one, other in zip(foreword.load("both.safetensors").keys, expected.keys, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert "both.safetensors exists already" in run("compose", "a.safetensors", "--out", "both.safetensors").err
     refused = run("compose", "a.safetensors", "b.safetensors", "--out", "m.safetensors", "--how", "average")
     assert refused.code == 2
     assert "5, 7 virtual tokens" in refused.err
