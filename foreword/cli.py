@@ -87,7 +87,6 @@ def train(
     if on is not None:
         _check_fleet(sweep, job)
     from .processes import leave
-    from .runs import steps_logged
     from .store import check_writable, save
     from .tasks import TASKS, find_labels
     from .training import Job, train, train_many
@@ -128,7 +127,7 @@ def train(
             leave()
             keep_results(runs, enumerate(prefixes))
             return
-        base, before = load(), steps_logged(run) if resume else 0
+        base = load()
         with training_bar(train_config.steps) as show:
             prefix = train(
                 base.model,
@@ -148,7 +147,7 @@ def train(
     if not is_first:
         return
     training = prefix.metadata["training"]
-    if before == training["steps"] and job.out.exists():
+    if resume and _holds(job.out, prefix):
         err.print(f"This run had ended. {job.out} is left as it is, with the figures that were recorded in it.")
     else:
         save(prefix, job.out)
@@ -404,6 +403,17 @@ def _load_base(name: str, device: str | None, trust_remote_code: bool, **options
     transformers.logging.disable_progress_bar()
     with err.status(f"Loading {name}"):
         return load_base(name, device=device, trust_remote_code=trust_remote_code, **options)
+
+
+def _holds(file: Path, prefix: "Prefix") -> bool:
+    """Whether the file is of just this prefix."""
+    from .fingerprint import digest
+    from .store import load
+
+    try:
+        return file.exists() and digest(load(file)) == digest(prefix)
+    except ForewordError:
+        return False
 
 
 def _head_of(prefix: "Prefix | None") -> dict[str, Any]:
