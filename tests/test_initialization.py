@@ -93,7 +93,7 @@ def test_text_shorter_than_the_prefix_is_an_error(llama, tokenizer, examples):
         ({"num_virtual_tokens": 0}, "num_virtual_tokens must be at least 1"),
         ({"initialization": "text"}, "init_text"),
         ({"init_text": "hello"}, "init_text"),
-        ({"num_virtual_tokens": 1}, "nothing is left to train"),
+        ({"num_virtual_tokens": 1, "initialization": "demonstrations"}, "nothing is left to train"),
     ],
 )
 def test_contradictions_are_errors(options, told):
