@@ -155,6 +155,23 @@ def test_dropout_is_that_of_the_base_and_repeats_with_the_seed():
 
 
 @pytest.mark.feature("classification head")
+def test_one_virtual_token_is_trained_as_none_is_frozen():
+    model, tokenizer = make_base("bert", "classification")
+    made = [
+        train(
+            model,
+            tokenizer,
+            HEAD_ROWS["classification"],
+            PrefixConfig(1),
+            TrainConfig(task="classification", steps=steps),
+        )
+        for steps in (1, 3)
+    ]
+    assert made[0].num_virtual_tokens == 1
+    assert not torch.equal(made[0].keys[0], made[1].keys[0])
+
+
+@pytest.mark.feature("classification head")
 def test_base_in_bfloat16_trains_a_head_in_float32():
     model, tokenizer = make_base("bert", "classification")
     model = model.to(torch.bfloat16)
