@@ -200,7 +200,7 @@ def evaluate(
     """
     from .evaluation import check_metrics, contestants, evaluate
     from .scores import draw_confusion
-    from .store import load, save
+    from .store import check_place, load, save
     from .tasks import read, task_of
 
     loaded = load(prefix)
@@ -210,10 +210,7 @@ def evaluate(
     if compare and "none" in compare and len(compare) > 1:
         raise ConfigError(f"--compare none goes with no other, got {', '.join(compare)}.")
     for path in filter(None, (answers, confusion)):
-        if not os.access(path.parent, os.W_OK) or path.is_dir():
-            raise ConfigError(
-                f"{path} cannot be written: {path.parent} is no folder that you can write to, or this is a folder."
-            )
+        check_place(path)
     if confusion is not None and task.labels is None:
         raise ConfigError("--confusion: this prefix answers with no labels, so there is no confusion matrix.")
     rows, bad = read(task, data, skip_bad=skip_bad_rows)

@@ -305,7 +305,8 @@ def run_once(
         fitted = _fit(bench, entry, draw(rows, count, seed), rate, seed, None, _telling(on_step, told))
     if fitted.state is None and entry.method in _RATES:
         raise ConfigError(
-            f"{entry.label}, seed {seed}: the loss did not stay finite at learning rate {rate:g}. Raise tries."
+            f"{entry.label}, seed {seed}: the loss did not stay finite at learning rate {rate:g}. "
+            "Raise tries, load the base in float32, or leave the method out."
         )
     began = time.perf_counter()
     answers = _answer(bench, entry, fitted, seed)

@@ -69,10 +69,8 @@ class PrefixConfig:
                 "init_text belongs to initialization='text' and to no other: "
                 f"got initialization={self.initialization!r}, init_text={self.init_text!r}."
             )
-        known = (
-            self.initialization is not None or self.freeze_first is not None
-        )  # else training chooses, and checks again
-        if known and self.freezes_first and self.num_virtual_tokens == 1:
+        chosen = (self.initialization, self.freeze_first) != (None, None)  # else training chooses, and checks again
+        if chosen and self.freezes_first and self.num_virtual_tokens == 1:
             raise ConfigError(
                 "With one virtual token and the first one frozen nothing is left to train: "
                 "use num_virtual_tokens of 2 or more, or freeze_first=False."

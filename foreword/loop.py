@@ -133,16 +133,16 @@ class Run:
             self.best_loss = math.inf if loss is None else loss
             self.best_step, self.evaluations_since_best = self.step, 0
             self.best = self.prefix.snapshot()
-            if not all(bool(tensor.isfinite().all()) for tensor in self.best):
-                raise self.diverged("prefix", math.nan)
+            if loss is None and not all(bool(tensor.isfinite().all()) for tensor in self.best):
+                raise self.diverged("prefix", math.nan, self.step)
         else:
             self.evaluations_since_best += 1
 
-    def diverged(self, what: str, became: float, step: int | None = None) -> ConfigError:
+    def diverged(self, what: str, became: float, step: int) -> ConfigError:
         """The error that says so."""
         which = "" if self.folder is None else f"{self.folder.path}: "
         return ConfigError(
-            f"{which}The {what} became {became} at step {self.step if step is None else step}. Lower the learning rate (now "
+            f"{which}The {what} became {became} at step {step}. Lower the learning rate (now "
             f"{self.config.learning_rate}), or train in float32."
         )
 
@@ -194,7 +194,8 @@ class _Step(NamedTuple):
 class Trainer:
     """Trains prefixes on one model, as many at once as there are runs; their rows share its batches.
 
-    Runs that share batches have the same number of micro-batches, and none has a head, as a model has one at a time.
+    Runs that share batches have the same number of micro-batches; none has a head, as a model has one at a time, and none
+    dropout, whose masks cover the whole batch.
     """
 
     def __init__(

@@ -27,6 +27,7 @@ from .prefix import AttentionSite, Prefix, SiteTensors
 __all__ = [
     "FORMAT_VERSION",
     "PrefixStore",
+    "check_place",
     "check_writable",
     "load",
     "load_bytes",
@@ -125,6 +126,12 @@ def check_writable(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix != _SUFFIX:
         raise ConfigError(f"{path}: a prefix file is named *{_SUFFIX}. Use {path.with_suffix(_SUFFIX)}.")
+    check_place(path)
+    return path
+
+
+def check_place(path: Path) -> None:
+    """Raise `ConfigError` where no file can be written at this path."""
     folder = path.parent
     if not os.access(folder, os.W_OK) or path.is_dir():
         state = (
@@ -133,7 +140,6 @@ def check_writable(path: str | Path) -> Path:
             else f"cannot be written: {folder} " + ("is read-only" if folder.exists() else "does not exist")
         )
         raise ConfigError(f"{path} {state}. Choose another file, or make the folder.")
-    return path
 
 
 def load(path: str | Path) -> Prefix:

@@ -91,7 +91,7 @@ def test_evaluate_prints_figures_beside_base_and_demonstrations(run, trained, ro
     assert foreword.load(trained).metadata["evaluation"]["rows"] == len(ROWS)
     nowhere = run("evaluate", trained, "--data", rows_file, "--answers", "nowhere/answers.jsonl")
     assert (nowhere.code, nowhere.out) == (2, "")
-    assert "nowhere is no folder" in nowhere.err
+    assert "nowhere does not exist" in nowhere.err
     assert (
         "goes with no other"
         in run("evaluate", trained, "--data", rows_file, "--compare", "none", "--compare", "base").err
